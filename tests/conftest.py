@@ -1,0 +1,33 @@
+"""
+Settings every test shares. The environment is set here because pytest imports this file before any test imports `kernels`:
+TRITON_INTERPRET=1 is read when a kernel is defined, so the Triton kernels of a test session run in the interpreter, on CPU
+tensors, without a GPU. By default the plain torch references run; a test that wants the kernels takes the fixture `triton_kernels`.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ["NANOLONG_KERNELS"] = "reference"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `pytest` alone finds the modules, as `python -m pytest` does
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def triton_kernels(monkeypatch):
+    """Runs the test with the Triton kernels, in the interpreter. Skips the test where Triton is not installed."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("NANOLONG_KERNELS", "triton")
+    torch.compiler.reset()  # the choice of backend is a constant of a compiled graph
+    yield
+    torch.compiler.reset()
