@@ -1,0 +1,649 @@
+"""
+Exact attention, forward and backward, and the merge of two partial results.
+
+    s_ij = scale * q_i . k_j for the keys j that row i sees,   lse_i = ln sum_j exp(s_ij),   out_i = sum_j exp(s_ij - lse_i) v_j
+    delta_i = dout_i . out_i - dlse_i,   ds_ij = p_ij (dout_i . v_j - delta_i),   p_ij = exp(s_ij - lse_i)
+    dq_i = scale * sum_j ds_ij k_j,   dk_j = scale * sum_i ds_ij q_i,   dv_j = sum_i p_ij dout_i
+
+q (B, Tq, H, D), k and v (B, Tk, G, D) with H a multiple of G (head h reads kv head h // (H / G)), out like q, lse (B, H, Tq).
+Row i sits at position q_start + i, key j at k_start + j: only offset = q_start - k_start matters. Causal: j <= i + offset.
+
+FlashAttention-2's scheme (Dao, arXiv 2307.08691): a program holds one block of queries and walks the keys, the running maximum
+and sum in base 2 with the scale folded in; blocks that every row sees whole skip all masks. The backward pass is two
+deterministic kernels, dq (which also writes delta) and dk/dv (which computes S^T = K Q^T, so that no product is ever transposed, and
+sums over the query heads of its kv head). Bytes moved by the forward: q, out and lse once, k and v once per block of queries
+(from L2 where they fit). No tensor is ever Tq x Tk.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from kernels.backend import arch, dot_precision, tl, triton, use_triton
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# references
+
+def _attention_rows_ref(q, k, v, q_docs, k_docs, scale, causal, offset):
+    """The formula at the top, for a block of rows: (out, lse). Rows that see no key give out 0, lse -inf, gradient 0."""
+    B, Tq, H, D = q.shape
+    G, Tk = k.shape[2], k.shape[1]
+    q = q.reshape(B, Tq, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(B, G, H // G * Tq, D)  # a kv head's queries together
+    s = (q @ k.permute(0, 2, 3, 1)).view(B, H, Tq, Tk) * scale
+    mask = torch.ones(1, Tq, Tk, dtype=torch.bool, device=q.device)
+    if causal:
+        mask = mask.tril(offset)
+    if q_docs is not None:
+        mask = mask & (q_docs[:, :, None] == k_docs[:, None, :])
+    s = s.masked_fill(~mask[:, None], -torch.inf)
+    pivot = s.detach().amax(-1, keepdim=True)
+    pivot = pivot.masked_fill(pivot == -torch.inf, 0.0)
+    p = (s - pivot).exp()
+    l = p.sum(-1, keepdim=True)
+    empty = l == 0
+    l = l.masked_fill(empty, 1.0)
+    out = (p / l).view(B, G, H // G * Tq, Tk) @ v.transpose(1, 2)
+    lse = (pivot + l.log()).masked_fill(empty, -torch.inf)
+    return out.view(B, H, Tq, D).transpose(1, 2), lse.squeeze(-1)
+
+
+def attention_ref(q, k, v, *, scale, causal, offset=0, q_docs=None, k_docs=None):
+    """
+    The meaning of `attention`, in plain torch: (out, lse) in float32, or float64 for float64 inputs. Memory stays bounded: a block of
+    rows at a time, 2^22 scores at most, recomputed in the backward pass.
+    """
+    acc = torch.promote_types(q.dtype, torch.float32)
+    (B, Tq, H, D), Tk = q.shape, k.shape[1]
+    rows = max(1, min(Tq, 2**22 // max(1, B * H * Tk)))
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    outs, lses = [], []
+    for i in range(0, Tq, rows):
+        end = min(Tq, i + rows)
+        seen = max(1, min(Tk, end + offset)) if causal and Tk else Tk  # keys beyond the last row's are not touched
+        args = (q[:, i:end].to(acc), k[:, :seen].to(acc), v[:, :seen].to(acc),
+                None if q_docs is None else q_docs[:, i:end], None if q_docs is None else k_docs[:, :seen],
+                scale, causal, i + offset)
+        if needs_grad and rows < Tq:
+            out, lse = checkpoint(_attention_rows_ref, *args, use_reentrant=False)
+        elif Tk:
+            out, lse = _attention_rows_ref(*args)
+        else:
+            out, lse = args[0] * 0, args[0].sum(-1).transpose(1, 2) * 0 - torch.inf
+        outs.append(out)
+        lses.append(lse)
+    if not outs:
+        return q.to(acc), q.new_empty(B, H, 0, dtype=acc)
+    return torch.cat(outs, 1), torch.cat(lses, 2)
+
+
+def merge_attention_ref(out_a, lse_a, out_b, lse_b):
+    """The meaning of `merge_attention`, in plain torch, in float32 (float64 for float64 inputs)."""
+    acc = torch.promote_types(out_a.dtype, torch.float32)
+    lse_a, lse_b = lse_a.to(acc), lse_b.to(acc)
+    pivot = torch.maximum(lse_a, lse_b).detach()
+    pivot = pivot.masked_fill(pivot == -torch.inf, 0.0)
+    a, b = (lse_a - pivot).exp(), (lse_b - pivot).exp()
+    empty = a + b == 0
+    total = (a + b).masked_fill(empty, 1.0)
+    a, b = ((x / total).transpose(1, 2)[..., None] for x in (a, b))
+    return a * out_a.to(acc) + b * out_b.to(acc), (pivot + total.log()).masked_fill(empty, -torch.inf)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Triton kernels. b_x is a block's value; rows and keys are indices into q and k (not positions).
+
+@triton.jit
+def _tile_load(X, rows, T, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """(rows, D) of a tensor whose row 0 is at X; what lies outside is 0. `rows` are few enough for 32-bit offsets."""
+    d = tl.arange(0, BLOCK_D)
+    x = X + rows[:, None] * stride + d[None, :]
+    if MASK_ROWS and D == BLOCK_D:
+        return tl.load(x, (rows < T)[:, None], 0.0)
+    elif MASK_ROWS:
+        return tl.load(x, (rows < T)[:, None] & (d < D)[None, :], 0.0)
+    elif D == BLOCK_D:
+        return tl.load(x)
+    else:
+        return tl.load(x, (d < D)[None, :], 0.0)
+
+
+@triton.jit
+def _tile_store(X, x, rows, T, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    tl.store(X + rows[:, None] * stride + d[None, :], x.to(X.dtype.element_ty), (rows < T)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _key_range(K_LO, K_HI, block, m0, T_Q, T_K, offset, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
+               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For the rows from m0: every row sees all keys in [lo, mid); some row may see keys in [mid, hi); none sees others."""
+    lo = 0
+    mid = T_K // BLOCK_N * BLOCK_N
+    hi = T_K
+    if CAUSAL:
+        mid = tl.maximum(0, tl.minimum(T_K, m0 + 1 + offset)) // BLOCK_N * BLOCK_N
+        hi = tl.maximum(0, tl.minimum(T_K, tl.minimum(T_Q, m0 + BLOCK_M) + offset))
+    if DOCS:
+        lo = tl.load(K_LO + block) * BLOCK_N
+        mid = lo
+        hi = tl.minimum(hi, tl.load(K_HI + block) * BLOCK_N)
+    return lo, mid, hi
+
+
+@triton.jit
+def _visible(rows, keys, T_K, offset, row_docs, K_DOCS, CAUSAL: tl.constexpr, DOCS: tl.constexpr):
+    """(rows, keys) mask."""
+    mask = (keys < T_K)[None, :] & (rows >= 0)[:, None]
+    if CAUSAL:
+        mask = mask & (keys[None, :] <= rows[:, None] + offset)
+    if DOCS:
+        mask = mask & (row_docs[:, None] == tl.load(K_DOCS + keys, keys < T_K, 0)[None, :])
+    return mask
+
+
+@triton.jit
+def _fwd_step(b_acc, b_sum, b_max, b_q, K, V, start, rows, row_docs, K_DOCS, T_K, offset, stride_kt, stride_vt,
+              MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+              D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys [start, start + BLOCK_N) join the running softmax. SCALE includes log2(e)."""
+    n = tl.arange(0, BLOCK_N)
+    b_k = _tile_load(K + tl.cast(start, tl.int64) * stride_kt, n, T_K - start, stride_kt, D, BLOCK_D, MASK)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    if MASK:
+        b_s = tl.where(_visible(rows, start + n, T_K, offset, row_docs, K_DOCS, CAUSAL, DOCS), b_s, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * SCALE)
+    b_pivot = b_new
+    if MASK:
+        b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)  # rows that have seen nothing yet
+    b_p = tl.exp2(b_s * SCALE - b_pivot[:, None])
+    b_decay = tl.exp2(b_max - b_pivot)
+    b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+    b_v = _tile_load(V + tl.cast(start, tl.int64) * stride_vt, n, T_K - start, stride_vt, D, BLOCK_D, MASK)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision=PRECISION)
+    return b_acc, b_sum, b_new
+
+
+@triton.jit(do_not_specialize=["T_Q", "T_K", "offset"])
+def _attention_fwd_kernel(Q, K, V, OUT, LSE, Q_DOCS, K_DOCS, K_LO, K_HI, T_Q, T_K, offset,
+                          stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+                          H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
+                          SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+                          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    blocks = tl.cdiv(T_Q, BLOCK_M)
+    m_block = blocks - 1 - tl.program_id(0) % blocks  # the last blocks see the most keys: they go first
+    head = tl.program_id(0) // blocks
+    b = (head // H).to(tl.int64)
+    h = (head % H).to(tl.int64)
+    m0 = m_block * BLOCK_M
+    m = tl.arange(0, BLOCK_M)
+    rows = m0 + m
+    Q += b * stride_qb + h * stride_qh + m0.to(tl.int64) * stride_qt
+    K += b * stride_kb + h // GROUP * stride_kh
+    V += b * stride_vb + h // GROUP * stride_vh
+    row_docs = rows
+    if DOCS:
+        row_docs = tl.load(Q_DOCS + b * T_Q + rows, rows < T_Q, 0)
+        K_DOCS += b * T_K
+    b_q = _tile_load(Q, m, T_Q - m0, stride_qt, D, BLOCK_D, True)
+    b_acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    b_sum = tl.zeros((BLOCK_M,), ACC)
+    b_max = tl.full((BLOCK_M,), float("-inf"), ACC)
+    lo, mid, hi = _key_range(K_LO, K_HI, b * blocks + m_block, m0, T_Q, T_K, offset, CAUSAL, DOCS, BLOCK_M, BLOCK_N)
+    if not DOCS:
+        for start in range(lo, mid, BLOCK_N):
+            b_acc, b_sum, b_max = _fwd_step(
+                b_acc, b_sum, b_max, b_q, K, V, start, rows, row_docs, K_DOCS, T_K, offset, stride_kt, stride_vt,
+                False, CAUSAL, DOCS, SCALE, PRECISION, D, BLOCK_D, BLOCK_N)
+    for start in range(mid, hi, BLOCK_N):
+        b_acc, b_sum, b_max = _fwd_step(
+            b_acc, b_sum, b_max, b_q, K, V, start, rows, row_docs, K_DOCS, T_K, offset, stride_kt, stride_vt,
+            True, CAUSAL, DOCS, SCALE, PRECISION, D, BLOCK_D, BLOCK_N)
+    empty = b_sum == 0.0
+    b_sum = tl.where(empty, 1.0, b_sum)
+    b_lse = tl.where(empty, float("-inf"), (b_max + tl.log2(b_sum)) * LN2)
+    OUT += (b * T_Q + m0) * H * D + h * D
+    _tile_store(OUT, b_acc / b_sum[:, None], m, T_Q - m0, H * D, D, BLOCK_D)
+    tl.store(LSE + (b * H + h) * T_Q + rows, b_lse, rows < T_Q)
+
+
+@triton.jit
+def _dq_step(b_dq, b_q, b_dout, b_lse, b_delta, K, V, start, rows, row_docs, K_DOCS, T_K, offset, stride_kt, stride_vt,
+             MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+             D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
+    n = tl.arange(0, BLOCK_N)
+    b_k = _tile_load(K + tl.cast(start, tl.int64) * stride_kt, n, T_K - start, stride_kt, D, BLOCK_D, MASK)
+    b_v = _tile_load(V + tl.cast(start, tl.int64) * stride_vt, n, T_K - start, stride_vt, D, BLOCK_D, MASK)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    b_p = tl.exp2(b_s * SCALE - b_lse[:, None])
+    if MASK:
+        b_p = tl.where(_visible(rows, start + n, T_K, offset, row_docs, K_DOCS, CAUSAL, DOCS), b_p, 0.0)
+    b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["T_Q", "T_K", "offset"])
+def _attention_dq_kernel(Q, K, V, OUT, DOUT, LSE, DLSE, DQ, DELTA, Q_DOCS, K_DOCS, K_LO, K_HI, T_Q, T_K, offset,
+                         stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+                         stride_ob, stride_ot, stride_oh,
+                         H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
+                         HAS_DLSE: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    blocks = tl.cdiv(T_Q, BLOCK_M)
+    m_block = blocks - 1 - tl.program_id(0) % blocks
+    head = tl.program_id(0) // blocks
+    b = (head // H).to(tl.int64)
+    h = (head % H).to(tl.int64)
+    m0 = m_block * BLOCK_M
+    m = tl.arange(0, BLOCK_M)
+    rows = m0 + m
+    Q += b * stride_qb + h * stride_qh + m0.to(tl.int64) * stride_qt
+    K += b * stride_kb + h // GROUP * stride_kh
+    V += b * stride_vb + h // GROUP * stride_vh
+    DOUT += b * stride_ob + h * stride_oh + m0.to(tl.int64) * stride_ot
+    contiguous = (b * T_Q + m0) * H * D + h * D  # where this block lies in OUT and DQ
+    row_docs = rows
+    if DOCS:
+        row_docs = tl.load(Q_DOCS + b * T_Q + rows, rows < T_Q, 0)
+        K_DOCS += b * T_K
+    at_row = (b * H + h) * T_Q + rows
+    b_q = _tile_load(Q, m, T_Q - m0, stride_qt, D, BLOCK_D, True)
+    b_dout = _tile_load(DOUT, m, T_Q - m0, stride_ot, D, BLOCK_D, True)
+    b_out = _tile_load(OUT + contiguous, m, T_Q - m0, H * D, D, BLOCK_D, True)
+    b_lse = tl.load(LSE + at_row, rows < T_Q, 0.0)
+    b_delta = tl.sum(b_out.to(ACC) * b_dout.to(ACC), 1)
+    if HAS_DLSE:
+        b_delta -= tl.where(b_lse == float("-inf"), 0.0, tl.load(DLSE + at_row, rows < T_Q, 0.0))
+    tl.store(DELTA + at_row, b_delta, rows < T_Q)
+    b_dout = b_dout.to(b_q.dtype)  # OUT and its gradient may be float32 partials
+    b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse * LOG2E)
+    b_dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    lo, mid, hi = _key_range(K_LO, K_HI, b * blocks + m_block, m0, T_Q, T_K, offset, CAUSAL, DOCS, BLOCK_M, BLOCK_N)
+    if not DOCS:
+        for start in range(lo, mid, BLOCK_N):
+            b_dq = _dq_step(b_dq, b_q, b_dout, b_lse, b_delta, K, V, start, rows, row_docs, K_DOCS, T_K, offset,
+                            stride_kt, stride_vt, False, CAUSAL, DOCS, SCALE, PRECISION, D, BLOCK_D, BLOCK_N)
+    for start in range(mid, hi, BLOCK_N):
+        b_dq = _dq_step(b_dq, b_q, b_dout, b_lse, b_delta, K, V, start, rows, row_docs, K_DOCS, T_K, offset,
+                        stride_kt, stride_vt, True, CAUSAL, DOCS, SCALE, PRECISION, D, BLOCK_D, BLOCK_N)
+    _tile_store(DQ + contiguous, b_dq * (SCALE * LN2), m, T_Q - m0, H * D, D, BLOCK_D)
+
+
+@triton.jit
+def _dkdv_step(b_dk, b_dv, b_k, b_v, Q, DOUT, LSE, DELTA, start, keys, key_docs, Q_DOCS, T_Q, T_K, offset,
+               stride_qt, stride_ot, MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr, SCALE: tl.constexpr,
+               PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Rows [start, start + BLOCK_M), transposed throughout: keys down, queries across. Rows past T_Q have lse +inf: p = 0."""
+    m = tl.arange(0, BLOCK_M)
+    rows = start + m
+    b_q = _tile_load(Q + tl.cast(start, tl.int64) * stride_qt, m, T_Q - start, stride_qt, D, BLOCK_D, True)
+    b_lse = tl.load(LSE + rows, rows < T_Q, float("inf")) * LOG2E
+    b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+    b_p = tl.exp2(b_s * SCALE - b_lse[None, :])
+    if MASK:
+        mask = (rows < T_Q)[None, :] & (keys < T_K)[:, None]
+        if CAUSAL:
+            mask = mask & (keys[:, None] <= rows[None, :] + offset)
+        if DOCS:
+            mask = mask & (key_docs[:, None] == tl.load(Q_DOCS + rows, rows < T_Q, 0)[None, :])
+        b_p = tl.where(mask, b_p, 0.0)
+    b_dout = _tile_load(DOUT + tl.cast(start, tl.int64) * stride_ot, m, T_Q - start, stride_ot, D, BLOCK_D, True)
+    b_dout = b_dout.to(b_q.dtype)
+    b_dv = tl.dot(b_p.to(b_q.dtype), b_dout, b_dv, input_precision=PRECISION)
+    b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
+    b_delta = tl.load(DELTA + rows, rows < T_Q, 0.0)
+    b_ds = b_p * (b_dp - b_delta[None, :])
+    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    return b_dk, b_dv
+
+
+@triton.jit(do_not_specialize=["T_Q", "T_K", "offset"])
+def _attention_dkdv_kernel(Q, K, V, DOUT, LSE, DELTA, DK, DV, Q_DOCS, K_DOCS, Q_LO, Q_HI, T_Q, T_K, offset,
+                           stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+                           stride_ob, stride_ot, stride_oh,
+                           H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
+                           SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+                           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    blocks = tl.cdiv(T_K, BLOCK_N)
+    n_block = tl.program_id(0) % blocks  # the first blocks are seen by the most rows: they go first
+    head = tl.program_id(0) // blocks
+    G: tl.constexpr = H // GROUP
+    b = (head // G).to(tl.int64)
+    g = (head % G).to(tl.int64)
+    n0 = n_block * BLOCK_N
+    n = tl.arange(0, BLOCK_N)
+    keys = n0 + n
+    b_k = _tile_load(K + b * stride_kb + g * stride_kh + n0.to(tl.int64) * stride_kt, n, T_K - n0, stride_kt, D, BLOCK_D, True)
+    b_v = _tile_load(V + b * stride_vb + g * stride_vh + n0.to(tl.int64) * stride_vt, n, T_K - n0, stride_vt, D, BLOCK_D, True)
+    lo = 0
+    mid = 0
+    hi = T_Q
+    if CAUSAL:  # rows [lo, mid) see some of these keys, rows from mid on see all
+        lo = tl.minimum(T_Q, tl.maximum(0, n0 - offset)) // BLOCK_M * BLOCK_M
+        mid = tl.cdiv(tl.minimum(T_Q, tl.maximum(0, n0 + BLOCK_N - 1 - offset)), BLOCK_M) * BLOCK_M
+    key_docs = keys
+    if DOCS:
+        key_docs = tl.load(K_DOCS + b * T_K + keys, keys < T_K, 0)
+        Q_DOCS += b * T_Q
+        lo = tl.maximum(lo, tl.load(Q_LO + b * blocks + n_block) * BLOCK_M)
+        hi = tl.minimum(T_Q, tl.load(Q_HI + b * blocks + n_block) * BLOCK_M)
+        mid = hi
+    b_dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    b_dv = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    for i in range(GROUP):
+        h = g * GROUP + i
+        Q_h = Q + b * stride_qb + h * stride_qh
+        DOUT_h = DOUT + b * stride_ob + h * stride_oh
+        LSE_h = LSE + (b * H + h) * T_Q
+        DELTA_h = DELTA + (b * H + h) * T_Q
+        if CAUSAL or DOCS:
+            for start in range(lo, tl.minimum(mid, hi), BLOCK_M):
+                b_dk, b_dv = _dkdv_step(b_dk, b_dv, b_k, b_v, Q_h, DOUT_h, LSE_h, DELTA_h, start, keys, key_docs, Q_DOCS,
+                                        T_Q, T_K, offset, stride_qt, stride_ot, True, CAUSAL, DOCS, SCALE, PRECISION,
+                                        D, BLOCK_D, BLOCK_M)
+        if not DOCS:
+            for start in range(mid, hi, BLOCK_M):
+                b_dk, b_dv = _dkdv_step(b_dk, b_dv, b_k, b_v, Q_h, DOUT_h, LSE_h, DELTA_h, start, keys, key_docs, Q_DOCS,
+                                        T_Q, T_K, offset, stride_qt, stride_ot, False, CAUSAL, DOCS, SCALE, PRECISION,
+                                        D, BLOCK_D, BLOCK_M)
+    at = (b * T_K + n0) * G * D + g * D
+    _tile_store(DK + at, b_dk * (SCALE * LN2), n, T_K - n0, G * D, D, BLOCK_D)
+    _tile_store(DV + at, b_dv, n, T_K - n0, G * D, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["N", "T"])
+def _merge_fwd_kernel(OUT_A, LSE_A, OUT_B, LSE_B, OUT, LSE, N, T, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                      BLOCK_N: tl.constexpr):
+    """Rows of (B, T, H, D) in memory order; lse is (B, H, T)."""
+    rows, at_lse = _merge_rows(N, T, H, BLOCK_N)
+    a = tl.load(LSE_A + at_lse, rows < N, 0.0)
+    b = tl.load(LSE_B + at_lse, rows < N, 0.0)
+    pivot = tl.maximum(a, b)
+    pivot = tl.where(pivot == float("-inf"), 0.0, pivot)
+    a = tl.exp2((a - pivot) * LOG2E)
+    b = tl.exp2((b - pivot) * LOG2E)
+    total = tl.where(a + b == 0.0, 1.0, a + b)
+    tl.store(LSE + at_lse, tl.where(a + b == 0.0, float("-inf"), pivot + tl.log2(total) * LN2), rows < N)
+    d = tl.arange(0, BLOCK_D)
+    at = rows[:, None] * D + d[None, :]
+    mask = (rows < N)[:, None] & (d < D)[None, :]
+    out = (a / total)[:, None] * tl.load(OUT_A + at, mask, 0.0) + (b / total)[:, None] * tl.load(OUT_B + at, mask, 0.0)
+    tl.store(OUT + at, out, mask)
+
+
+@triton.jit
+def _merge_rows(N, T, H: tl.constexpr, BLOCK_N: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = rows // H
+    return rows, (token // T * H + rows % H) * T + token % T
+
+
+@triton.jit(do_not_specialize=["N", "T"])
+def _merge_bwd_kernel(DOUT, DLSE, OUT_A, LSE_A, OUT_B, LSE_B, OUT, LSE, DOUT_A, DLSE_A, DOUT_B, DLSE_B, N, T,
+                      H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
+    rows, at_lse = _merge_rows(N, T, H, BLOCK_N)
+    lse = tl.load(LSE + at_lse, rows < N, 0.0)
+    empty = lse == float("-inf")
+    lse = tl.where(empty, 0.0, lse)
+    a = tl.exp2((tl.load(LSE_A + at_lse, rows < N, 0.0) - lse) * LOG2E)  # the share of each part; 0 in an empty row
+    b = tl.exp2((tl.load(LSE_B + at_lse, rows < N, 0.0) - lse) * LOG2E)
+    d = tl.arange(0, BLOCK_D)
+    at = rows[:, None] * D + d[None, :]
+    mask = (rows < N)[:, None] & (d < D)[None, :]
+    dout = tl.load(DOUT + at, mask, 0.0)
+    out = tl.load(OUT + at, mask, 0.0)
+    dlse = tl.where(empty, 0.0, tl.load(DLSE + at_lse, rows < N, 0.0))
+    dlse_a = a * (dlse + tl.sum(dout * (tl.load(OUT_A + at, mask, 0.0) - out), 1))
+    dlse_b = b * (dlse + tl.sum(dout * (tl.load(OUT_B + at, mask, 0.0) - out), 1))
+    tl.store(DOUT_A + at, a[:, None] * dout, mask)
+    tl.store(DOUT_B + at, b[:, None] * dout, mask)
+    tl.store(DLSE_A + at_lse, dlse_a, rows < N)
+    tl.store(DLSE_B + at_lse, dlse_b, rows < N)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# launchers
+
+# (architecture, bytes per element, BLOCK_D) -> kernel -> (BLOCK_M, BLOCK_N, num_warps, num_stages)
+TILES = {}
+
+
+def _tiles(q):
+    """The kernels' tiles for these queries, and BLOCK_D: the head dim rounded up to a power of two, 16 at least."""
+    block_d = max(16, triton.next_power_of_2(q.shape[-1]))
+    key = (arch(q), min(4, q.element_size()), max(64, block_d))
+    if key[0] == "cpu":  # the interpreter: small tiles, so that small tensors have several
+        return dict(fwd=(16, 16, 4, 1), dq=(16, 16, 4, 1), dkdv=(16, 16, 4, 1)), block_d
+    return TILES[key], block_d
+
+
+def _launch_options(tile, kernel_block_d):
+    block_m, block_n, num_warps, num_stages = tile
+    return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=kernel_block_d, num_warps=num_warps, num_stages=num_stages)
+
+
+def _strided(x):
+    """x itself where the kernels can read it: a contiguous last dim, and a tile's rows within 32-bit offsets."""
+    return x if x.stride(-1) == 1 and x.stride(1) < 2**23 else x.contiguous()
+
+
+def _doc_ranges(docs_a, docs_b, block_a, block_b):
+    """
+    For each block of `docs_a` (B, Ta), the range [lo, hi) of blocks of `docs_b` (B, Tb) that can hold an equal id: int32 (B, blocks of a)
+    twice. Exact for sorted ids; for ids in any order a superset (the kernels compare every pair within it).
+    """
+    def bounds(docs, block):
+        B, T = docs.shape
+        padded = torch.cat([docs, docs[:, -1:].expand(B, -T % block)], 1).view(B, -1, block)
+        return padded.amin(2), padded.amax(2)
+
+    (a_min, a_max), (b_min, b_max) = bounds(docs_a, block_a), bounds(docs_b, block_b)
+    upto_max = b_max.cummax(1).values  # blocks before the first whose running maximum reaches a_min are all below it
+    from_min = b_min.flip(1).cummin(1).values.flip(1)  # blocks after the last whose minimum-from-here is <= a_max are all above
+    lo = torch.searchsorted(upto_max.contiguous(), a_min.contiguous(), out_int32=True)
+    hi = torch.searchsorted(from_min.contiguous(), a_max.contiguous(), right=True, out_int32=True)
+    return lo.contiguous(), torch.maximum(lo, hi).contiguous()
+
+
+def _shared_arguments(q, k, scale, causal, q_docs):
+    acc = torch.promote_types(q.dtype, torch.float32)
+    H = q.shape[2]
+    return acc, dict(H=H, GROUP=H // k.shape[2], D=q.shape[3], CAUSAL=causal, DOCS=q_docs is not None,
+                     SCALE=scale * LOG2E.value, PRECISION=dot_precision(q.dtype), ACC=getattr(tl, str(acc)[6:]))
+
+
+def _attention_fwd(q, k, v, q_docs, k_docs, scale, causal, offset, out_dtype):
+    q, k, v = _strided(q), _strided(k), _strided(v)
+    (B, Tq, H, D), Tk = q.shape, k.shape[1]
+    acc, constants = _shared_arguments(q, k, scale, causal, q_docs)
+    out, lse = q.new_empty(B, Tq, H, D, dtype=out_dtype), q.new_empty(B, H, Tq, dtype=acc)
+    tiles, block_d = _tiles(q)
+    options = _launch_options(tiles["fwd"], block_d)
+    k_lo = k_hi = None
+    if q_docs is not None and Tq and Tk:
+        k_lo, k_hi = _doc_ranges(q_docs, k_docs, options["BLOCK_M"], options["BLOCK_N"])
+    if out.numel():
+        _attention_fwd_kernel[(triton.cdiv(Tq, options["BLOCK_M"]) * B * H,)](
+            q, k, v, out, lse, q_docs, k_docs, k_lo, k_hi, Tq, Tk, max(-Tq, min(Tk, offset)),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, **options)
+    return out, lse
+
+
+def _attention_bwd(dout, dlse, q, k, v, out, lse, q_docs, k_docs, scale, causal, offset):
+    q, k, v, dout = _strided(q), _strided(k), _strided(v), _strided(dout)
+    dlse = None if dlse is None else dlse.contiguous()
+    (B, Tq, H, D), (_, Tk, G, _) = q.shape, k.shape
+    acc, constants = _shared_arguments(q, k, scale, causal, q_docs)
+    dq, delta = q.new_empty(q.shape), torch.empty_like(lse)
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    if not Tq or not Tk:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    tiles, block_d = _tiles(q)
+    offset = max(-Tq, min(Tk, offset))
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
+    options = _launch_options(tiles["dq"], block_d)
+    lo = hi = None
+    if q_docs is not None:
+        lo, hi = _doc_ranges(q_docs, k_docs, options["BLOCK_M"], options["BLOCK_N"])
+    _attention_dq_kernel[(triton.cdiv(Tq, options["BLOCK_M"]) * B * H,)](
+        q, k, v, out, dout, lse, dlse, dq, delta, q_docs, k_docs, lo, hi, Tq, Tk, offset, *strides,
+        HAS_DLSE=dlse is not None, **constants, **options)
+    options = _launch_options(tiles["dkdv"], block_d)
+    if q_docs is not None:
+        lo, hi = _doc_ranges(k_docs, q_docs, options["BLOCK_N"], options["BLOCK_M"])
+    _attention_dkdv_kernel[(triton.cdiv(Tk, options["BLOCK_N"]) * B * G,)](
+        q, k, v, dout, lse, delta, dk, dv, q_docs, k_docs, lo, hi, Tq, Tk, offset, *strides, **constants, **options)
+    return dq, dk, dv
+
+
+def _merge_tile(out):
+    block_d = triton.next_power_of_2(out.shape[-1])
+    block_n = max(1, 4096 // block_d)
+    return (triton.cdiv(out.numel() // out.shape[-1], block_n),), dict(
+        H=out.shape[2], D=out.shape[3], BLOCK_D=block_d, BLOCK_N=block_n, num_warps=4)
+
+
+def _merge_fwd(out_a, lse_a, out_b, lse_b):
+    out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
+    grid, tile = _merge_tile(out)
+    if out.numel():
+        _merge_fwd_kernel[grid](out_a, lse_a, out_b, lse_b, out, lse, lse.numel(), out.shape[1], **tile)
+    return out, lse
+
+
+def _merge_bwd(dout, dlse, out_a, lse_a, out_b, lse_b, out, lse):
+    grads = [torch.empty_like(x) for x in (out_a, lse_a, out_b, lse_b)]
+    grid, tile = _merge_tile(out)
+    if out.numel():
+        _merge_bwd_kernel[grid](dout, dlse, out_a, lse_a, out_b, lse_b, out, lse, *grads, lse.numel(), out.shape[1], **tile)
+    return tuple(grads)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# registration, autograd
+
+def _register(name, schema, launcher, fake):
+    torch.library.define(f"nanolong::{name}", schema)
+    torch.library.impl(f"nanolong::{name}", ("cpu", "cuda"), launcher)
+    torch.library.register_fake(f"nanolong::{name}", fake)
+
+
+_register("attention_fwd",
+          "(Tensor q, Tensor k, Tensor v, Tensor? q_docs, Tensor? k_docs, float scale, bool causal, SymInt offset, "
+          "ScalarType out_dtype) -> (Tensor, Tensor)", _attention_fwd,
+          lambda q, k, v, q_docs, k_docs, scale, causal, offset, out_dtype: (
+              q.new_empty(q.shape, dtype=out_dtype),
+              q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))))
+_register("attention_bwd",
+          "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? q_docs, Tensor? k_docs, "
+          "float scale, bool causal, SymInt offset) -> (Tensor, Tensor, Tensor)", _attention_bwd,
+          lambda dout, dlse, q, k, v, out, lse, q_docs, k_docs, scale, causal, offset: (
+              q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)))
+_register("merge_attention_fwd", "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)", _merge_fwd,
+          lambda out_a, lse_a, out_b, lse_b: (torch.empty_like(out_a), torch.empty_like(lse_a)))
+_register("merge_attention_bwd",
+          "(Tensor dout, Tensor dlse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor out, Tensor lse) "
+          "-> (Tensor, Tensor, Tensor, Tensor)", _merge_bwd,
+          lambda dout, dlse, out_a, lse_a, out_b, lse_b, out, lse: tuple(
+              torch.empty_like(x) for x in (out_a, lse_a, out_b, lse_b)))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, q_docs, k_docs, scale, causal, offset, out_dtype):
+        ctx.set_materialize_grads(False)
+        out, lse = torch.ops.nanolong.attention_fwd(q, k, v, q_docs, k_docs, scale, causal, offset, out_dtype)
+        ctx.save_for_backward(q, k, v, out, lse, q_docs, k_docs)
+        ctx.scale, ctx.causal, ctx.offset = scale, causal, offset
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, q_docs, k_docs = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        grads = torch.ops.nanolong.attention_bwd(dout, dlse, q, k, v, out, lse, q_docs, k_docs, ctx.scale, ctx.causal, ctx.offset)
+        return *grads, None, None, None, None, None, None
+
+
+class _MergeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out_a, lse_a, out_b, lse_b):
+        out, lse = torch.ops.nanolong.merge_attention_fwd(out_a, lse_a, out_b, lse_b)
+        ctx.save_for_backward(out_a, lse_a, out_b, lse_b, out, lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse):
+        return torch.ops.nanolong.merge_attention_bwd(dout.contiguous(), dlse.contiguous(), *ctx.saved_tensors)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# public functions
+
+def _validate(q, k, v, q_docs, k_docs):
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"attention: q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
+                         "q must be (B, Tq, H, D), k and v (B, Tk, G, D)")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: they must be equal")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads")
+    if q.shape[3] > 256:
+        raise ValueError(f"attention: head dim {q.shape[3]} is more than 256")
+    if (q_docs is None) != (k_docs is None):
+        raise ValueError("attention: q_docs and k_docs go together: pass both or neither")
+    if q_docs is not None and (q_docs.shape != q.shape[:2] or k_docs.shape != k.shape[:2]):
+        raise ValueError(f"attention: q_docs {tuple(q_docs.shape)} and k_docs {tuple(k_docs.shape)} must be "
+                         f"{tuple(q.shape[:2])} and {tuple(k.shape[:2])}")
+
+
+def attention(q, k, v, *, scale=None, causal=True, q_docs=None, k_docs=None, q_start=0, k_start=0, out_dtype=None,
+              return_lse=False):
+    """
+    Softmax attention of q (B, Tq, H, D) over k, v (B, Tk, G, D), H a multiple of G, D <= 256, any strides with a contiguous last dim ->
+    out (B, Tq, H, D) in `out_dtype` (default q's), and with return_lse also lse (B, H, Tq) float32 (float64 for float64), the natural
+    logarithm of the softmax denominator; both differentiable, once. A row that sees no key has out 0, lse -inf, gradient 0.
+
+    scale > 0 multiplies the scores, default 1/sqrt(D). Row t of q sits at position q_start + t, row t of k at k_start + t; causal: a
+    query sees keys at its own position and before. q_docs (B, Tq), k_docs (B, Tk) int: a query sees keys of its own document only.
+    ValueError on sizes that do not fit. FlashAttention-2, Dao, arXiv 2307.08691.
+    """
+    _validate(q, k, v, q_docs, k_docs)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if scale <= 0:
+        raise ValueError(f"attention: scale is {scale}, it must be greater than 0")
+    offset, out_dtype = q_start - k_start, out_dtype or q.dtype
+    if use_triton(q):
+        docs = (None, None) if q_docs is None else (q_docs.contiguous(), k_docs.to(q_docs.dtype).contiguous())
+        out, lse = _Attention.apply(q, k, v, *docs, scale, causal, offset, out_dtype)
+        return (out, lse) if return_lse else out
+    Tq, Tk = q.shape[1], k.shape[1]
+    all_seen = not causal or offset >= Tk - 1
+    if q_docs is None and not return_lse and Tq and Tk and (all_seen or offset == 0 and Tq == Tk):
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale,
+                                             is_causal=not all_seen, enable_gqa=q.shape[2] != k.shape[2])
+        return out.transpose(1, 2).to(out_dtype)
+    out, lse = attention_ref(q, k, v, scale=scale, causal=causal, offset=offset, q_docs=q_docs, k_docs=k_docs)
+    return (out.to(out_dtype), lse) if return_lse else out.to(out_dtype)
+
+
+def merge_attention(out_a, lse_a, out_b, lse_b):
+    """
+    Attention over the union of two disjoint sets of keys, from the results over each: out_a, out_b (B, T, H, D), lse_a, lse_b
+    (B, H, T), natural logarithm -> (out, lse), float32 (float64 for float64 inputs), differentiable. Two rows that saw nothing give (0, -inf).
+    Ring attention's merge, Liu et al., arXiv 2310.01889.
+    """
+    if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape or lse_a.shape != out_a.transpose(1, 2).shape[:3]:
+        raise ValueError(f"merge_attention: out_a {tuple(out_a.shape)}, out_b {tuple(out_b.shape)}, lse_a {tuple(lse_a.shape)}, lse_b "
+                         f"{tuple(lse_b.shape)}: outs must be equal, (B, T, H, D), and lses (B, H, T)")
+    if not use_triton(out_a):
+        return merge_attention_ref(out_a, lse_a, out_b, lse_b)
+    acc = torch.promote_types(out_a.dtype, torch.float32)
+    return _MergeAttention.apply(*(x.to(acc).contiguous() for x in (out_a, lse_a, out_b, lse_b)))
