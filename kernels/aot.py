@@ -1,8 +1,8 @@
 """
-Ahead-of-time compilation: what the launchers would launch, for a GPU that is not here, and what it costs there.
+Ahead-of-time compilation: what the kernels would launch, for a GPU that is not here, and what it costs there.
 
     with compile_for(90) as kernels:          # 80, 89, 90, 100 (NVIDIA compute capability) or "gfx" (AMD gfx942)
-        _rms_norm_fwd(x, weight, 1e-5)        # a launcher, CPU tensors: compiled and recorded, not run
+        rms_norm(x, weight, 1e-5)             # or its launchers; CPU tensors: compiled and recorded, not run
     kernels[0].registers, kernels[0].spill, kernels[0].shared, ...
 
 The specialisation (pointer types, divisibility by 16, constexprs, tile, warps, stages) is that of a real launch, because it is a
@@ -15,6 +15,7 @@ import dataclasses
 import re
 import subprocess
 import tempfile
+from unittest import mock
 
 import torch
 
@@ -72,7 +73,8 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = {key: max(map(int, re.findall(rf"\b{key}:(\d+)", text))) for key in ("REG", "STACK", "LOCAL")}
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
@@ -132,14 +134,16 @@ class _AbsentDriver:
 @contextlib.contextmanager
 def compile_for(arch: int | str):
     """
-    Within the `with`, launching a Triton kernel compiles it for `arch` (a key of GPUS) instead of running it. Yields the list that
-    fills with one Kernel per distinct compiled kernel. ValueError for an unknown `arch`, without Triton and with TRITON_INTERPRET=1.
+    Within the `with`, a launched Triton kernel is compiled for `arch` (a key of GPUS) instead of run, and the public functions take
+    their Triton path for CPU tensors. Yields the list that fills with one Kernel per distinct compiled kernel. ValueError for an
+    unknown `arch`, without Triton and with TRITON_INTERPRET=1.
     """
     if arch not in GPUS:
-        raise ValueError(f"compile_for: arch {arch!r} is unknown, must be one of {list(GPUS)}")
-    if not backend.HAVE_TRITON or backend.INTERPRET:
-        raise ValueError("compile_for: " + ("TRITON_INTERPRET=1 makes the kernels Python functions: unset it" if backend.HAVE_TRITON
-                                            else "Triton is not installed: pip install triton"))
+        raise ValueError(f"compile_for: arch {arch!r} is unknown, it must be one of {list(GPUS)}")
+    if not backend.HAVE_TRITON:
+        raise ValueError("compile_for: Triton is not installed: pip install triton")
+    if backend.INTERPRET:
+        raise ValueError("compile_for: TRITON_INTERPRET=1 makes the kernels Python functions, which cannot be compiled: unset it")
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -152,11 +156,11 @@ def compile_for(arch: int | str):
             kernels.append(_measure(compiled, arch))
         return compiled
 
-    before = driver._active, backend.aot_arch  # reset_active() would look for a GPU
+    before = driver._active  # reset_active() would look for a GPU
     driver.set_active(_AbsentDriver(arch))
-    backend.aot_arch, JITFunction.run = arch, compile_only
     try:
-        yield kernels
+        with mock.patch.multiple(backend, aot_arch=arch, _decide=lambda device_type, dtype: True), \
+                mock.patch.object(JITFunction, "run", compile_only):
+            yield kernels
     finally:
-        driver.set_active(before[0])
-        backend.aot_arch, JITFunction.run = before[1], run
+        driver.set_active(before)
