@@ -9,7 +9,7 @@ q (B, Tq, H, D), k and v (B, Tk, G, D) with H a multiple of G (head h reads kv h
 Row i sits at position q_start + i, key j at k_start + j: only offset = q_start - k_start matters. Causal: j <= i + offset.
 
 FlashAttention-2's scheme (Dao, arXiv 2307.08691): a program holds one block of queries and walks the keys, the running maximum
-and sum in base 2 with the scale folded in; blocks that every row sees whole skip all masks. The backward pass is two
+and sum in base 2 with the scale folded in (LSE below is log2 of the sum; the public functions speak natural logarithms); blocks that every row sees whole skip all masks. The backward pass is two
 deterministic kernels, dq (which also writes delta) and dk/dv (which computes S^T = K Q^T, so that no product is ever transposed, and
 sums over the query heads of its kv head). Bytes moved by the forward: q, out and lse once, k and v once per block of queries
 (from L2 where they fit). No tensor is ever Tq x Tk.
@@ -58,26 +58,25 @@ def attention_ref(q, k, v, *, scale, causal, offset=0, q_docs=None, k_docs=None)
     rows at a time, 2^22 scores at most, recomputed in the backward pass.
     """
     acc = torch.promote_types(q.dtype, torch.float32)
-    (B, Tq, H, D), Tk = q.shape, k.shape[1]
+    B, Tq, H, _ = q.shape
+    if k.shape[1] == 0:  # no key at all: one that no row sees
+        k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
+        causal, offset, q_docs = True, -Tq, None
+    Tk = k.shape[1]
     rows = max(1, min(Tq, 2**22 // max(1, B * H * Tk)))
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     outs, lses = [], []
-    for i in range(0, Tq, rows):
-        end = min(Tq, i + rows)
-        seen = max(1, min(Tk, end + offset)) if causal and Tk else Tk  # keys beyond the last row's are not touched
-        args = (q[:, i:end].to(acc), k[:, :seen].to(acc), v[:, :seen].to(acc),
-                None if q_docs is None else q_docs[:, i:end], None if q_docs is None else k_docs[:, :seen],
+    for i in range(0, max(1, Tq), rows):
+        seen = max(1, min(Tk, i + rows + offset)) if causal else Tk  # keys beyond the last row's are not touched
+        args = (q[:, i:i + rows].to(acc), k[:, :seen].to(acc), v[:, :seen].to(acc),
+                None if q_docs is None else q_docs[:, i:i + rows], None if q_docs is None else k_docs[:, :seen],
                 scale, causal, i + offset)
         if needs_grad and rows < Tq:
             out, lse = checkpoint(_attention_rows_ref, *args, use_reentrant=False)
-        elif Tk:
-            out, lse = _attention_rows_ref(*args)
         else:
-            out, lse = args[0] * 0, args[0].sum(-1).transpose(1, 2) * 0 - torch.inf
+            out, lse = _attention_rows_ref(*args)
         outs.append(out)
         lses.append(lse)
-    if not outs:
-        return q.to(acc), q.new_empty(B, H, 0, dtype=acc)
     return torch.cat(outs, 1), torch.cat(lses, 2)
 
 
@@ -205,7 +204,7 @@ def _attention_fwd_kernel(Q, K, V, OUT, LSE, Q_DOCS, K_DOCS, K_LO, K_HI, T_Q, T_
             True, CAUSAL, DOCS, SCALE, PRECISION, D, BLOCK_D, BLOCK_N)
     empty = b_sum == 0.0
     b_sum = tl.where(empty, 1.0, b_sum)
-    b_lse = tl.where(empty, float("-inf"), (b_max + tl.log2(b_sum)) * LN2)
+    b_lse = tl.where(empty, float("-inf"), b_max + tl.log2(b_sum))
     OUT += (b * T_Q + m0) * H * D + h * D
     _tile_store(OUT, b_acc / b_sum[:, None], m, T_Q - m0, H * D, D, BLOCK_D)
     tl.store(LSE + (b * H + h) * T_Q + rows, b_lse, rows < T_Q)
@@ -258,10 +257,10 @@ def _attention_dq_kernel(Q, K, V, OUT, DOUT, LSE, DLSE, DQ, DELTA, Q_DOCS, K_DOC
     b_lse = tl.load(LSE + at_row, rows < T_Q, 0.0)
     b_delta = tl.sum(b_out.to(ACC) * b_dout.to(ACC), 1)
     if HAS_DLSE:
-        b_delta -= tl.where(b_lse == float("-inf"), 0.0, tl.load(DLSE + at_row, rows < T_Q, 0.0))
+        b_delta -= tl.where(b_lse == float("-inf"), 0.0, tl.load(DLSE + at_row, rows < T_Q, 0.0) * LOG2E)
     tl.store(DELTA + at_row, b_delta, rows < T_Q)
     b_dout = b_dout.to(b_q.dtype)  # OUT and its gradient may be float32 partials
-    b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse * LOG2E)
+    b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse)
     b_dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     lo, mid, hi = _key_range(K_LO, K_HI, b * blocks + m_block, m0, T_Q, T_K, offset, CAUSAL, DOCS, BLOCK_M, BLOCK_N)
     if not DOCS:
@@ -278,11 +277,16 @@ def _attention_dq_kernel(Q, K, V, OUT, DOUT, LSE, DLSE, DQ, DELTA, Q_DOCS, K_DOC
 def _dkdv_step(b_dk, b_dv, b_k, b_v, Q, DOUT, LSE, DELTA, start, keys, key_docs, Q_DOCS, T_Q, T_K, offset,
                stride_qt, stride_ot, MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr, SCALE: tl.constexpr,
                PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Rows [start, start + BLOCK_M), transposed throughout: keys down, queries across. Rows past T_Q have lse +inf: p = 0."""
+    """Rows [start, start + BLOCK_M), transposed throughout: keys down, queries across."""
     m = tl.arange(0, BLOCK_M)
     rows = start + m
-    b_q = _tile_load(Q + tl.cast(start, tl.int64) * stride_qt, m, T_Q - start, stride_qt, D, BLOCK_D, True)
-    b_lse = tl.load(LSE + rows, rows < T_Q, float("inf")) * LOG2E
+    b_q = _tile_load(Q + tl.cast(start, tl.int64) * stride_qt, m, T_Q - start, stride_qt, D, BLOCK_D, MASK)
+    if MASK:
+        b_lse = tl.load(LSE + rows, rows < T_Q, 0.0)
+        b_delta = tl.load(DELTA + rows, rows < T_Q, 0.0)
+    else:
+        b_lse = tl.load(LSE + rows)
+        b_delta = tl.load(DELTA + rows)
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
     b_p = tl.exp2(b_s * SCALE - b_lse[None, :])
     if MASK:
@@ -292,11 +296,10 @@ def _dkdv_step(b_dk, b_dv, b_k, b_v, Q, DOUT, LSE, DELTA, start, keys, key_docs,
         if DOCS:
             mask = mask & (key_docs[:, None] == tl.load(Q_DOCS + rows, rows < T_Q, 0)[None, :])
         b_p = tl.where(mask, b_p, 0.0)
-    b_dout = _tile_load(DOUT + tl.cast(start, tl.int64) * stride_ot, m, T_Q - start, stride_ot, D, BLOCK_D, True)
+    b_dout = _tile_load(DOUT + tl.cast(start, tl.int64) * stride_ot, m, T_Q - start, stride_ot, D, BLOCK_D, MASK)
     b_dout = b_dout.to(b_q.dtype)
     b_dv = tl.dot(b_p.to(b_q.dtype), b_dout, b_dv, input_precision=PRECISION)
     b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
-    b_delta = tl.load(DELTA + rows, rows < T_Q, 0.0)
     b_ds = b_p * (b_dp - b_delta[None, :])
     b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
@@ -322,7 +325,7 @@ def _attention_dkdv_kernel(Q, K, V, DOUT, LSE, DELTA, DK, DV, Q_DOCS, K_DOCS, Q_
     b_v = _tile_load(V + b * stride_vb + g * stride_vh + n0.to(tl.int64) * stride_vt, n, T_K - n0, stride_vt, D, BLOCK_D, True)
     lo = 0
     mid = 0
-    hi = T_Q
+    full = T_Q // BLOCK_M * BLOCK_M
     if CAUSAL:  # rows [lo, mid) see some of these keys, rows from mid on see all
         lo = tl.minimum(T_Q, tl.maximum(0, n0 - offset)) // BLOCK_M * BLOCK_M
         mid = tl.cdiv(tl.minimum(T_Q, tl.maximum(0, n0 + BLOCK_N - 1 - offset)), BLOCK_M) * BLOCK_M
@@ -331,26 +334,29 @@ def _attention_dkdv_kernel(Q, K, V, DOUT, LSE, DELTA, DK, DV, Q_DOCS, K_DOCS, Q_
         key_docs = tl.load(K_DOCS + b * T_K + keys, keys < T_K, 0)
         Q_DOCS += b * T_Q
         lo = tl.maximum(lo, tl.load(Q_LO + b * blocks + n_block) * BLOCK_M)
-        hi = tl.minimum(T_Q, tl.load(Q_HI + b * blocks + n_block) * BLOCK_M)
-        mid = hi
+        mid = tl.maximum(lo, tl.load(Q_HI + b * blocks + n_block) * BLOCK_M)
+    masked = (mid - lo) // BLOCK_M
+    if not DOCS:
+        if full < T_Q and full >= mid:
+            masked += 1  # the last block, cut short by T_Q
     b_dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     b_dv = tl.zeros((BLOCK_N, BLOCK_D), ACC)
-    for i in range(GROUP):
-        h = g * GROUP + i
-        Q_h = Q + b * stride_qb + h * stride_qh
-        DOUT_h = DOUT + b * stride_ob + h * stride_oh
-        LSE_h = LSE + (b * H + h) * T_Q
-        DELTA_h = DELTA + (b * H + h) * T_Q
-        if CAUSAL or DOCS:
-            for start in range(lo, tl.minimum(mid, hi), BLOCK_M):
-                b_dk, b_dv = _dkdv_step(b_dk, b_dv, b_k, b_v, Q_h, DOUT_h, LSE_h, DELTA_h, start, keys, key_docs, Q_DOCS,
-                                        T_Q, T_K, offset, stride_qt, stride_ot, True, CAUSAL, DOCS, SCALE, PRECISION,
-                                        D, BLOCK_D, BLOCK_M)
-        if not DOCS:
-            for start in range(mid, hi, BLOCK_M):
-                b_dk, b_dv = _dkdv_step(b_dk, b_dv, b_k, b_v, Q_h, DOUT_h, LSE_h, DELTA_h, start, keys, key_docs, Q_DOCS,
-                                        T_Q, T_K, offset, stride_qt, stride_ot, False, CAUSAL, DOCS, SCALE, PRECISION,
-                                        D, BLOCK_D, BLOCK_M)
+    for i in range(0, GROUP * masked):  # the query heads of this kv head in one loop, which keeps more in registers than two
+        h = g * GROUP + i // masked
+        start = lo + i % masked * BLOCK_M
+        start = tl.where(start < mid, start, full)
+        b_dk, b_dv = _dkdv_step(
+            b_dk, b_dv, b_k, b_v, Q + b * stride_qb + h * stride_qh, DOUT + b * stride_ob + h * stride_oh,
+            LSE + (b * H + h) * T_Q, DELTA + (b * H + h) * T_Q, start, keys, key_docs, Q_DOCS, T_Q, T_K, offset,
+            stride_qt, stride_ot, True, CAUSAL, DOCS, SCALE, PRECISION, D, BLOCK_D, BLOCK_M)
+    if not DOCS:
+        whole = tl.maximum(0, full - mid) // BLOCK_M
+        for i in range(0, GROUP * whole):
+            h = g * GROUP + i // whole
+            b_dk, b_dv = _dkdv_step(
+                b_dk, b_dv, b_k, b_v, Q + b * stride_qb + h * stride_qh, DOUT + b * stride_ob + h * stride_oh,
+                LSE + (b * H + h) * T_Q, DELTA + (b * H + h) * T_Q, mid + i % whole * BLOCK_M, keys, key_docs, Q_DOCS,
+                T_Q, T_K, offset, stride_qt, stride_ot, False, CAUSAL, DOCS, SCALE, PRECISION, D, BLOCK_D, BLOCK_M)
     at = (b * T_K + n0) * G * D + g * D
     _tile_store(DK + at, b_dk * (SCALE * LN2), n, T_K - n0, G * D, D, BLOCK_D)
     _tile_store(DV + at, b_dv, n, T_K - n0, G * D, D, BLOCK_D)
@@ -418,7 +424,7 @@ def _tiles(q):
     block_d = max(16, triton.next_power_of_2(q.shape[-1]))
     key = (arch(q), min(4, q.element_size()), max(64, block_d))
     if key[0] == "cpu":  # the interpreter: small tiles, so that small tensors have several
-        return dict(fwd=(16, 16, 4, 1), dq=(16, 16, 4, 1), dkdv=(16, 16, 4, 1)), block_d
+        return dict.fromkeys(("fwd", "dq", "dkdv", "dkdv_docs"), (16, 16, 4, 1)), block_d
     return TILES[key], block_d
 
 
@@ -461,7 +467,8 @@ def _attention_fwd(q, k, v, q_docs, k_docs, scale, causal, offset, out_dtype):
     q, k, v = _strided(q), _strided(k), _strided(v)
     (B, Tq, H, D), Tk = q.shape, k.shape[1]
     acc, constants = _shared_arguments(q, k, scale, causal, q_docs)
-    out, lse = q.new_empty(B, Tq, H, D, dtype=out_dtype), q.new_empty(B, H, Tq, dtype=acc)
+    out = torch.empty(B, Tq, H, D, dtype=out_dtype, device=q.device)
+    lse = torch.empty(B, H, Tq, dtype=acc, device=q.device)
     tiles, block_d = _tiles(q)
     options = _launch_options(tiles["fwd"], block_d)
     k_lo = k_hi = None
@@ -479,8 +486,8 @@ def _attention_bwd(dout, dlse, q, k, v, out, lse, q_docs, k_docs, scale, causal,
     dlse = None if dlse is None else dlse.contiguous()
     (B, Tq, H, D), (_, Tk, G, _) = q.shape, k.shape
     acc, constants = _shared_arguments(q, k, scale, causal, q_docs)
-    dq, delta = q.new_empty(q.shape), torch.empty_like(lse)
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    dq, delta = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty_like(lse)
+    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     if not Tq or not Tk:
         return dq.zero_(), dk.zero_(), dv.zero_()
     tiles, block_d = _tiles(q)
@@ -493,7 +500,7 @@ def _attention_bwd(dout, dlse, q, k, v, out, lse, q_docs, k_docs, scale, causal,
     _attention_dq_kernel[(triton.cdiv(Tq, options["BLOCK_M"]) * B * H,)](
         q, k, v, out, dout, lse, dlse, dq, delta, q_docs, k_docs, lo, hi, Tq, Tk, offset, *strides,
         HAS_DLSE=dlse is not None, **constants, **options)
-    options = _launch_options(tiles["dkdv"], block_d)
+    options = _launch_options(tiles["dkdv" if q_docs is None else "dkdv_docs"], block_d)
     if q_docs is not None:
         lo, hi = _doc_ranges(k_docs, q_docs, options["BLOCK_N"], options["BLOCK_M"])
     _attention_dkdv_kernel[(triton.cdiv(Tk, options["BLOCK_N"]) * B * G,)](
@@ -612,7 +619,8 @@ def attention(q, k, v, *, scale=None, causal=True, q_docs=None, k_docs=None, q_s
     logarithm of the softmax denominator; both differentiable, once. A row that sees no key has out 0, lse -inf, gradient 0.
 
     scale > 0 multiplies the scores, default 1/sqrt(D). Row t of q sits at position q_start + t, row t of k at k_start + t; causal: a
-    query sees keys at its own position and before. q_docs (B, Tq), k_docs (B, Tk) int: a query sees keys of its own document only.
+    query sees keys at its own position and before. q_docs (B, Tq), k_docs (B, Tk) int, ids below 2^31: a query sees keys of its own
+    document only.
     ValueError on sizes that do not fit. FlashAttention-2, Dao, arXiv 2307.08691.
     """
     _validate(q, k, v, q_docs, k_docs)
@@ -621,9 +629,9 @@ def attention(q, k, v, *, scale=None, causal=True, q_docs=None, k_docs=None, q_s
         raise ValueError(f"attention: scale is {scale}, it must be greater than 0")
     offset, out_dtype = q_start - k_start, out_dtype or q.dtype
     if use_triton(q):
-        docs = (None, None) if q_docs is None else (q_docs.contiguous(), k_docs.to(q_docs.dtype).contiguous())
-        out, lse = _Attention.apply(q, k, v, *docs, scale, causal, offset, out_dtype)
-        return (out, lse) if return_lse else out
+        docs = (x if x is None else x.to(torch.int32).contiguous() for x in (q_docs, k_docs))
+        out, log2_sum = _Attention.apply(q, k, v, *docs, scale, causal, offset, out_dtype)
+        return (out, log2_sum * LN2.value) if return_lse else out
     Tq, Tk = q.shape[1], k.shape[1]
     all_seen = not causal or offset >= Tk - 1
     if q_docs is None and not return_lse and Tq and Tk and (all_seen or offset == 0 and Tq == Tk):
