@@ -1,0 +1,648 @@
+"""
+The trainer, in one file: one process or torchrun, CPU, MPS or CUDA.
+
+    python train.py                                      a small byte-level model on the sample books, at once
+    python train.py config/quickstart.py --lr 1e-3       a config file gives the defaults, options change them
+    torchrun --nproc-per-node 8 train.py config/pg19_124m.py
+    python train.py config/quickstart.py --resume=auto   goes on from the latest checkpoint
+
+Every run writes runs/<name>/: config.json, metrics.jsonl, log.txt and step_*/ checkpoints. SIGTERM and Ctrl-C save a
+checkpoint at the end of the step and exit with 143 and 130. A user's mistake is one line on stderr and exit code 1
+(2 for a command line that cannot be read).
+
+A batch is a pure function of (seed, step, index in the global batch), and nothing else is random once the weights are
+drawn: on CPU a resumed run is bit-identical to an uninterrupted one, and the curve does not depend on how many ranks
+and micro-steps share a batch. On resume the model and the tokenizer must be the same. What FREE_ON_RESUME lists may
+change without touching the curve; max_steps may too, and moves the end of the learning rate's schedule; all else
+changes the curve from there on, and the log says so.
+"""
+
+import contextlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from logging.handlers import MemoryHandler
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from data.loader import Batch, check_length, eval_batches, prefetch, train_batch
+from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokens import TokenFile
+from model import GPT, GPTConfig
+
+log = logging.getLogger("nanolong")  # the kernels' too: everything said goes to stdout and to the run's log.txt
+
+
+@dataclass
+class TrainConfig:
+    name: str | None = None  # the run's folder under --out (default: the config file's name and the time)
+    out: str = "runs"  # where the runs' folders are
+    resume: str | None = None  # auto: the latest checkpoint of --name, or of the latest run; or a step_ folder
+    max_steps: int = 1000  # optimizer steps
+    log_every: int = 10  # steps between lines
+    eval_every: int = 200  # steps between evaluations (0: only at the end)
+    eval_tokens: int = 65536  # how many tokens of the validation set are evaluated, always its first
+    save_every: int = 500  # steps between checkpoints (0: only at the end)
+    keep: int = 2  # checkpoints kept, the newest
+    wandb: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
+
+    data: str = "data/sample"  # folder of {train,validation}.<tokenizer>.tokens
+    tokenizer: str = "byte"  # byte, gpt2 or the path of a tokenizer.json
+    vocab_multiple: int = 64  # the model's vocabulary is the tokenizer's, rounded up to this: tensor cores like it
+    mask_documents: bool = False  # attention stays inside a document; without it windows span documents freely
+    seed: int = 1  # of the initial weights and of the batches
+
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # query heads
+    n_kv_head: int | None = None  # key/value heads (default: n_head; fewer is GQA)
+    n_embd: int = 192  # width
+    head_dim: int | None = None  # of each head (default: n_embd / n_head)
+    n_inner: int | None = None  # width of the MLP (default: 4 n_embd for gelu, about 8/3 n_embd for swiglu)
+    block_size: int = 256  # tokens per training sequence
+    attention: str = "full"  # the attention of every layer
+    position: str = "rope"  # rope or none
+    rope_base: float = 10000.0  # larger turns slower: for longer context
+    rope_fraction: float = 1.0  # of each head that is rotated
+    norm: str = "rmsnorm"  # rmsnorm or layernorm
+    norm_eps: float = 1e-5  # under the norm's square root
+    mlp: str = "swiglu"  # swiglu or gelu
+    bias: bool = False  # in linear layers and layernorms
+    parallel_residual: bool = False  # attention and MLP side by side instead of one after the other
+    tie_embeddings: bool = True  # the output layer is the token embedding
+
+    batch_size: int = 16  # sequences per rank and micro-step: what fits in memory
+    batch_tokens: int | None = None  # tokens per optimizer step (default: one micro-step of every rank)
+    lr: float = 2e-3  # peak learning rate
+    warmup_steps: int = 50  # the learning rate rises linearly in them
+    schedule: Literal["cosine", "wsd"] = "cosine"  # then: cosine, or constant with a linear decay at the end
+    final_lr: float = 0.1  # learning rate at max_steps, as a fraction of lr
+    wsd_decay: float = 0.2  # fraction of max_steps in which wsd decays
+    weight_decay: float = 0.1  # of matrices only
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.95  # of AdamW
+    grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
+
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of cuda, mps, cpu that is there
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations (auto: bfloat16 on CUDA that has it)
+    compile: bool = field(default_factory=torch.cuda.is_available)  # torch.compile; on by default where CUDA is
+    activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+
+
+FREE_ON_RESUME = {"name", "out", "resume", "log_every", "eval_every", "eval_tokens", "save_every", "keep", "wandb",
+                  "batch_size", "device", "compile", "activation_checkpointing"}  # batch_tokens is what counts
+MINIMUM = dict(max_steps=1, log_every=1, eval_every=0, eval_tokens=1, save_every=0, keep=1, vocab_multiple=1, seed=0,
+               block_size=1, batch_size=1, lr=0, warmup_steps=0, final_lr=0, wsd_decay=0, weight_decay=0, grad_clip=0)
+
+
+def parse(args: list[str]) -> tuple[TrainConfig, str]:
+    """[config/x.py] --option value ... -> the configuration, a stem for the run's name. ValueError, SystemExit."""
+    config, stem = TrainConfig(), "train"
+    if args and args[0].endswith(".py"):
+        path, args = Path(args[0]), args[1:]
+        config, stem = load_config(path), path.stem
+    config = tyro.cli(TrainConfig, prog="train.py [config/x.py]", default=config, args=args,
+                      description="Trains a GPT. A config file gives the defaults, options change them.")
+    for name, least in MINIMUM.items():
+        if not getattr(config, name) >= least:
+            raise ValueError(f"{name} is {getattr(config, name)}: it must be at least {least}")
+    return config, stem
+
+
+def load_config(path: Path) -> TrainConfig:
+    """The TrainConfig that a file like config/quickstart.py calls `config`."""
+    if not path.is_file():
+        known = " ".join(map(str, sorted(Path("config").glob("*.py"))))
+        raise ValueError(f"no such config file: {path}; there are: {known or 'none in config/'}")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:  # it is the user's file: a misspelt field is a TypeError
+        raise ValueError(f"{path}: {type(e).__name__}: {e}") from None
+    if not isinstance(getattr(module, "config", None), TrainConfig):
+        raise ValueError(f"{path} must say: from train import TrainConfig; config = TrainConfig(...)")
+    return module.config
+
+
+@dataclass
+class Place:
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+    reasons: list[str]  # one line each: device, dtype, compile
+
+
+def choose_place(config: TrainConfig) -> Place:
+    """Picks device and dtype, says why, and joins torchrun's process group. ValueError when they cannot be had."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available() and world == 1, cpu=True)
+    kind, why = config.device, f"--device {config.device}"
+    if kind == "auto":
+        kind = next(name for name in has if has[name])
+        why = dict(cuda="a GPU is there", mps="no CUDA, but Apple's GPU", cpu="no GPU is there")[kind]
+    if not has[kind]:
+        raise ValueError(f"--device {kind}, but torch {torch.__version__} finds none for {world} rank(s) here: "
+                         "use --device cpu or auto")
+    if kind == "cuda" and local >= torch.cuda.device_count():
+        raise ValueError(f"local rank {local} has no GPU of its own, this machine has {torch.cuda.device_count()}: "
+                         f"torchrun --nproc-per-node {torch.cuda.device_count()}")
+    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    name = f"{torch.get_num_threads()} threads" if kind == "cpu" else platform.machine()
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+        name = torch.cuda.get_device_name(device)
+    dtype, because = getattr(torch, config.dtype, None), f"--dtype {config.dtype}"
+    if dtype is None:
+        bf16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        because = "this GPU has it in hardware" if bf16 else "bfloat16 is for GPUs that have it in hardware"
+    if world > 1:  # gloo carries small numbers between CPUs, so that agreeing on them never waits for a GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    return Place(rank, world, device, dtype, [
+        f"device: {kind}, {name}, {world} rank{'s' if world > 1 else ''} ({why})",
+        f"dtype: {str(dtype)[6:]} activations, float32 weights ({because})",
+        "compile: on (the first step takes a while)" if config.compile else "compile: off (the default without CUDA)"])
+
+
+def total(place: Place, *values: float) -> list[float]:
+    """Each value summed over the ranks, in float64, on CPUs; also a barrier."""
+    t = torch.tensor(values, dtype=torch.float64)
+    if place.world > 1:
+        dist.all_reduce(t)
+    return t.tolist()
+
+
+def from_rank0(place: Place, function, *args):
+    """function(*args), called on rank 0 only: every rank gets what it returns, or raises its ValueError."""
+    result = [None]
+    if place.rank == 0:
+        try:
+            result = [function(*args)]
+        except ValueError as e:
+            result = [e]
+    if place.world > 1:
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], ValueError):
+        raise result[0]
+    return result[0]
+
+
+def synchronize(device: torch.device):
+    """Waits for the device, so that a clock can be read."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+# dense bfloat16 FLOP/s from the makers' data sheets; the first key found in the device's name counts
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
+              "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+def peak_flops(place: Place) -> float | None:
+    """What mfu is measured against, per rank; None where it is unknown."""
+    if place.device.type != "cuda" or place.dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(place.device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def open_data(config: TrainConfig, place: Place) -> tuple[TokenFile, TokenFile, Tokenizer]:
+    """The training and validation sets and their tokenizer; the sample set is prepared on first use."""
+    tokenizer = load_tokenizer(config.tokenizer)
+    paths = [Path(config.data) / f"{split}.{tokenizer.tag}.tokens" for split in ("train", "validation")]
+    from_rank0(place, prepare_sample, config, paths)
+    train, validation = (TokenFile(path, tokenizer.vocab_size, tokenizer.tag) for path in paths)
+    check_length(train, config.block_size)
+    if validation.n_tokens < 2:
+        raise ValueError(f"{validation.path} holds {validation.n_tokens} tokens: evaluation needs 2 at least")
+    return train, validation, tokenizer
+
+
+def prepare_sample(config: TrainConfig, paths: list[Path]):
+    """Makes data/sample's token files if they are what is asked for and missing: no download, a few seconds."""
+    sample = Path(__file__).resolve().parent / "data" / "sample"
+    if Path(config.data).resolve() != sample or all(path.is_file() for path in paths):
+        return
+    log.info(f"data: preparing {config.data} for the tokenizer {config.tokenizer}, once")
+    command = [sys.executable, str(sample / "prepare.py"), "--tokenizer", config.tokenizer]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{' '.join(command)} failed: {done.stderr.strip()}")
+
+
+def resolve_batch(config: TrainConfig, world: int) -> tuple[int, int]:
+    """-> tokens per optimizer step, micro-steps per rank. ValueError with the nearest choice if they do not divide."""
+    micro = config.batch_size * config.block_size * world
+    tokens = micro if config.batch_tokens is None else config.batch_tokens
+    if tokens < 1 or tokens % micro:
+        low, high = tokens // micro * micro, (max(0, tokens) // micro + 1) * micro
+        raise ValueError(f"batch_tokens {tokens} is not a multiple of batch_size x block_size x ranks = "
+                         f"{config.batch_size} x {config.block_size} x {world} = {micro}: the nearest is "
+                         f"--batch-tokens {f'{low} or {high}' if low > 0 else high}")
+    return tokens, tokens // micro
+
+
+def lr_factor(config: TrainConfig, step: int) -> float:
+    """The learning rate of `step` (from 0) as a fraction of its peak."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "cosine":
+        done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+        fallen = 0.5 * (1 - math.cos(math.pi * done))
+    else:
+        fallen = max(0.0, 1 - (config.max_steps - step) / max(1.0, config.wsd_decay * config.max_steps))
+    return 1 - (1 - config.final_lr) * fallen
+
+
+@torch.no_grad()
+def evaluate(model: GPT, validation: TokenFile, token_nbytes: np.ndarray, config: TrainConfig, place: Place) -> dict:
+    """Loss on the fixed validation tokens, summed over all ranks: nats per token and bits per byte of text."""
+    nll, tokens, nbytes = 0.0, 0, 0
+    for batch in eval_batches(validation, config.block_size, config.batch_size, config.eval_tokens, place.rank,
+                              place.world, config.mask_documents):
+        on = batch.to(place.device)
+        _, loss = model(on.x, on.y, docs=on.docs, reduction="sum")
+        nll, tokens = nll + loss.item(), tokens + batch.n_valid
+        nbytes += int(token_nbytes[batch.y[batch.y >= 0].numpy()].sum())
+    nll, tokens, nbytes = total(place, nll, tokens, nbytes)
+    return dict(val_loss=nll / tokens, val_bits_per_byte=nll / math.log(2) / max(1, nbytes), val_tokens=int(tokens))
+
+
+CHECKPOINT_FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "train.json")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first: a folder is called step_* only when all of it is on the disk."""
+    return sorted(p for p in run.glob("step_*") if all((p / name).is_file() for name in CHECKPOINT_FILES))
+
+
+def find_run(config: TrainConfig, stem: str) -> tuple[Path, Path | None]:
+    """-> the run's folder, the checkpoint to go on from or None. ValueError naming what there is when it is not."""
+    out = Path(config.out)
+    if config.name is not None and (config.name == ".." or config.name != Path(config.name).name):
+        raise ValueError(f"--name {config.name!r} is not a folder's name; --out says where the runs are")
+    if config.resume is None:
+        run = out / (config.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+        if run.exists():
+            raise ValueError(f"{run} exists: go on with it by --resume=auto, or give this run another --name")
+        return run, None
+    there = sorted(out.glob("*/step_*/train.json"), key=lambda path: path.stat().st_mtime)
+    known = "with checkpoints: " + (" ".join(sorted({p.parent.parent.name for p in there})) or f"none in {out}")
+    if config.resume == "auto":
+        run = out / config.name if config.name else there[-1].parent.parent if there else None
+        if run is None or not run.is_dir():
+            raise ValueError(f"no such run: {run or 'none at all'}; {known}")
+        return run, (checkpoints(run) or [None])[-1]
+    folder = Path(os.path.abspath(config.resume))
+    if folder not in checkpoints(folder.parent):
+        raise ValueError(f"{folder} is no step_* folder with {', '.join(CHECKPOINT_FILES)}; {known}")
+    run = out / config.name if config.name else Path(os.path.relpath(folder.parent))
+    if run.exists() and checkpoints(run.absolute())[-1:] != [folder]:
+        raise ValueError(f"{run} has gone on from {folder.name}: resume its latest by --name={run.name} --resume=auto, "
+                         "or give what starts there another --name")
+    return run, folder
+
+
+def open_run(run: Path, config: TrainConfig, step: int, memory: MemoryHandler):
+    """Makes or reopens the run's folder: config.json; log.txt, to which `memory` brings the lines so far and from then
+    on each at once; metrics.jsonl without what came after `step`."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.json").write_text(json.dumps(asdict(config), indent=2))
+    metrics = run / "metrics.jsonl"
+    if metrics.exists():
+        kept = []
+        for line in metrics.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be half a line
+                kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+        metrics.write_text("".join(kept))
+    memory.setTarget(logging.FileHandler(run / "log.txt"))
+    memory.capacity = 1
+    memory.flush()
+
+
+def save_checkpoint(run: Path, step: int, model: GPT, optimizer: torch.optim.AdamW, config: TrainConfig,
+                    progress: dict):
+    """Writes run/step_<step>/ under another name, onto the disk, renames it, and drops all but the newest `keep`."""
+    folder = run / f"step_{step:07d}"
+    tmp = run / f".tmp_{folder.name}"
+    for stale in run.glob(".tmp_step_*"):  # a process was killed while it wrote
+        shutil.rmtree(stale)
+    model.save_pretrained(str(tmp), extra={"tokenizer": config.tokenizer})
+    names = {p: name for name, p in model.named_parameters()}
+    state = {f"{key}.{names[p]}": x for p, s in optimizer.state.items() for key, x in s.items()}
+    save_file(state, tmp / "optimizer.safetensors")
+    triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None
+    versions = dict(python=platform.python_version(), torch=torch.__version__, triton=triton, numpy=np.__version__)
+    (tmp / "train.json").write_text(json.dumps(dict(step=step, tokens=step * config.batch_tokens, **progress,
+                                                    versions=versions, config=asdict(config)), indent=2))
+    for path in (*tmp.iterdir(), tmp):
+        fsync(path)
+    os.rename(tmp, folder)
+    fsync(run)
+    for old in checkpoints(run)[: -config.keep]:  # renamed first: half a folder must not look like a checkpoint
+        shutil.rmtree(old.rename(run / f".tmp_{old.name}"))
+    log.info(f"saved {folder}")
+
+
+def fsync(path: Path):
+    """Waits until a file's or a folder's content is on the disk."""
+    if os.name == "nt":  # Windows opens no folders, and flushes no file that is open for reading
+        return
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def load_checkpoint(folder: Path, wanted: GPTConfig, config: TrainConfig) -> tuple[GPT, dict, dict]:
+    """-> model, optimizer's tensors, train.json. ValueError, one line: damaged, or of another model or tokenizer."""
+    older = [p for p in checkpoints(folder.parent) if p.name < folder.name]
+    hint = f"an older one: --resume={older[-1]} --name=ANOTHER" if older else "there is no older one"
+    try:
+        train = json.loads((folder / "train.json").read_text())
+        tokenizer = json.loads((folder / "config.json").read_text()).get("tokenizer")
+        model = GPT.from_pretrained(str(folder))
+        tensors = load_file(folder / "optimizer.safetensors")
+        for name, _ in model.named_parameters():
+            if not {f"{key}.{name}" for key in ("step", "exp_avg", "exp_avg_sq")} <= tensors.keys():
+                raise ValueError(f"optimizer.safetensors lacks {name}")
+    except (ValueError, SafetensorError) as e:
+        raise ValueError(f"checkpoint {folder} is damaged: {e}; {hint}") from None
+    differ = [(f.name, getattr(model.config, f.name), getattr(wanted, f.name)) for f in fields(GPTConfig)]
+    differ = [d for d in (("tokenizer", tokenizer, config.tokenizer), *differ) if d[1] != d[2]]
+    if differ:
+        raise ValueError(f"checkpoint {folder} is of another model than these options make: "
+                         + ", ".join(f"{name} {there} there, {here} here" for name, there, here in differ))
+    return model, tensors, train
+
+
+def make_optimizer(model: GPT, config: TrainConfig, tensors: dict | None) -> torch.optim.AdamW:
+    """AdamW over the model's groups, each with its own peak learning rate; its state is `tensors` if given."""
+    groups = model.param_groups(config.weight_decay, config.lr)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+    if tensors is not None:
+        for name, p in model.named_parameters():
+            optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device, copy=True)
+                                  for key in ("step", "exp_avg", "exp_avg_sq")}
+    return optimizer
+
+
+def duration(seconds: float) -> str:
+    """45s, 2.4m, 3.1h"""
+    units = ((3600, "h"), (60, "m"))
+    return next((f"{seconds / unit:.1f}{letter}" for unit, letter in units if seconds >= unit), f"{seconds:.0f}s")
+
+
+def count(n: float) -> str:
+    """812, 79.5k, 1.24M"""
+    units = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
+    return next((f"{n / unit:.3g}{letter}" for unit, letter in units if n >= unit), f"{n:.0f}")
+
+
+def describe(record: dict, config: TrainConfig, eta: float) -> str:
+    """A record of metrics.jsonl as one line."""
+    parts = [f"step {record['step']}/{config.max_steps}", f"loss {record['loss']:.3f}"]
+    if "val_loss" in record:
+        parts.append(f"val {record['val_loss']:.3f} ({record['val_bits_per_byte']:.3f} bits/byte)")
+    parts += [f"lr {record['lr']:.1e}".replace("e-0", "e-"), f"gnorm {record['grad_norm']:.2f}"]
+    if "ms" in record:
+        parts += [f"{record['ms']:.0f} ms", f"{count(record['tokens_per_second'])} tok/s"]
+    if "mfu" in record:
+        parts.append(f"mfu {100 * record['mfu']:.0f}%")
+    if "memory_gib" in record:
+        parts.append(f"{record['memory_gib']:.1f} GiB")
+    return " | ".join([*parts, f"eta {duration(eta)}"])
+
+
+def speed(seconds: float, model: GPT, config: TrainConfig, place: Place) -> dict:
+    """A step of `seconds` as ms, tokens/s and, where the peak is known, mfu; on CUDA the largest memory so far."""
+    record = dict(ms=1e3 * seconds, tokens_per_second=config.batch_tokens / seconds)
+    if peak := peak_flops(place):
+        record["mfu"] = record["tokens_per_second"] * model.flops_per_token(config.block_size) / (peak * place.world)
+    if place.device.type == "cuda":
+        record["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return record
+
+
+def micro_step(forward: torch.nn.Module, batch: Batch, m: int, place: Place, n_valid: float, sync: bool):
+    """
+    Adds the gradient of micro-step m to the parameters' -> its summed nll. The gradient is that of the mean over the
+    n_valid targets of the whole global batch; DDP divides by the number of ranks, so the loss is multiplied by it.
+    """
+    on = batch.micro(m, place.device)
+    with contextlib.nullcontext() if sync or place.world == 1 else forward.no_sync():
+        _, nll = forward(on.x, on.y, docs=on.docs, reduction="sum")
+        (nll * (place.world / n_valid)).backward()
+    return nll.detach()
+
+
+def optimizer_step(forward: torch.nn.Module, optimizer: torch.optim.AdamW, batch: Batch, factor: float, n_valid: float,
+                   config: TrainConfig, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step, at `factor` of the peak learning rates -> this rank's summed nll, the gradient's norm."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    last = batch.x.shape[0] - 1
+    nll = sum(micro_step(forward, batch, m, place, n_valid, sync=m == last) for m in range(last + 1))
+    norm = torch.nn.utils.clip_grad_norm_(forward.parameters(), config.grad_clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return nll, norm
+
+
+def predict(forward: torch.nn.Module, batch: Batch, config: TrainConfig, place: Place, steps: int) -> float:
+    """Seconds per step, from one timed micro-step on real data; the model and the optimizer stay as they were."""
+    for _ in range(2):  # the first compiles and warms up
+        start = time.perf_counter()
+        micro_step(forward, batch, 0, place, batch.n_valid, sync=False)
+        synchronize(place.device)
+        seconds = time.perf_counter() - start
+    forward.zero_grad(set_to_none=True)
+    micro_tokens = config.batch_size * config.block_size * place.world
+    n_evals = 1 + (steps // config.eval_every if config.eval_every else 0)
+    evals = n_evals * math.ceil(config.eval_tokens / micro_tokens) * seconds / 3  # no backward pass
+    seconds *= config.batch_tokens // micro_tokens
+    log.info(f"about {duration(steps * seconds + evals)} for {steps} steps")
+    return seconds
+
+
+def note_signals(world: int) -> list[int]:
+    """The list in which SIGTERM and SIGINT are noted, so that training stops at the end of a step. In a process of its
+    own the second acts as ever; torchrun forwards the terminal's Ctrl-C, so there it means no more than the first."""
+    caught = []
+
+    def catch(number: int, frame):
+        caught.append(number)
+        if world == 1:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, catch)
+    return caught
+
+
+def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: torch.optim.AdamW,
+          data: tuple[TokenFile, TokenFile, Tokenizer], start: int, wandb_run) -> tuple[int, str]:
+    """Trains from step `start` to max_steps or to a signal, with checkpoints in `run` -> exit code, last words."""
+    train_file, validation, tokenizer = data
+    steps = range(start, config.max_steps)
+    n_micro = resolve_batch(config, place.world)[1]
+    first_sample = place.rank * n_micro * config.batch_size  # of this rank's share of the global batch
+
+    def load(step: int) -> Batch:
+        batch = train_batch(train_file, config.block_size, config.seed, step, first_sample, n_micro, config.batch_size,
+                            config.mask_documents)
+        return batch.pin() if place.device.type == "cuda" else batch
+
+    forward = model  # what a training step calls; `model` itself is evaluated and saved
+    if place.world > 1:
+        forward = DistributedDataParallel(model, device_ids=[place.device] if place.device.type == "cuda" else None,
+                                          gradient_as_bucket_view=True)
+    seconds = predict(forward, load(start), config, place, len(steps))  # per step
+    began, done, loss, progress, caught = time.perf_counter(), start, 0.0, {}, note_signals(place.world)
+    clock = lap = None  # (step, time) of the clock's start and of its last reading
+    for step, batch in zip(steps, prefetch(load, steps)):
+        n_valid, stopping = total(place, batch.n_valid, bool(caught))
+        if stopping:
+            break
+        factor = lr_factor(config, step)
+        nll, norm = optimizer_step(forward, optimizer, batch, factor, n_valid, config, place)
+        done = step + 1
+        if done == start + 3:  # what comes first is not timed: compilation, allocators, caches
+            synchronize(place.device)
+            clock = lap = (done, time.perf_counter())
+        evaluating, saving, reporting = (done == config.max_steps or every and done % every == 0
+                                        for every in (config.eval_every, config.save_every, config.log_every))
+        if not (evaluating or saving or reporting):
+            continue
+        loss = total(place, nll.item())[0] / n_valid  # .item() waits for the device: the clock can be read
+        if not math.isfinite(loss):
+            break
+        record = dict(step=done, tokens=done * config.batch_tokens, loss=loss, lr=config.lr * factor)
+        record["grad_norm"] = norm.item()
+        if lap and done > lap[0]:
+            now = time.perf_counter()
+            record |= speed((now - lap[1]) / (done - lap[0]), model, config, place)
+            seconds = (now - clock[1]) / (done - clock[0])  # with evaluation and saving
+        if evaluating:
+            record |= evaluate(model, validation, tokenizer.token_nbytes, config, place)
+        progress |= {key: record[key] for key in ("loss", "val_loss", "val_bits_per_byte") if key in record}
+        log.info(describe(record, config, (config.max_steps - done) * seconds))
+        if place.rank == 0:
+            with open(run / "metrics.jsonl", "a") as f:
+                f.write(json.dumps(record) + "\n")
+            if wandb_run is not None:
+                wandb_run.log(record, step=done)
+            if saving:
+                save_checkpoint(run, done, model, optimizer, config, progress)
+        lap = lap and (done, time.perf_counter())
+    if not math.isfinite(loss):
+        return 1, f"the loss is {loss} at step {done}: try a smaller --lr or a longer --warmup-steps"
+    if done == config.max_steps:
+        return 0, (f"done: {done - start} steps in {duration(time.perf_counter() - began)}, val "
+                   f"{record['val_loss']:.4f} nats/token, {record['val_bits_per_byte']:.4f} bits/byte; "
+                   f"next: python sample.py {run}")
+    if place.rank == 0 and done and not (run / f"step_{done:07d}").exists():
+        save_checkpoint(run, done, model, optimizer, config, progress)
+    number = caught[0] if caught else signal.SIGTERM  # none here: another rank's
+    return 128 + number, (f"stopped by {signal.Signals(number).name} after step {done}/{config.max_steps}; go on with "
+                          f"--name={run.name} --resume=auto")
+
+
+def setup(args: list[str], memory: MemoryHandler) -> tuple:
+    """Whatever a user's mistake can break breaks here, as a ValueError or OSError in one line -> train's arguments."""
+    config, stem = parse(args)
+    place = choose_place(config)
+    batch_tokens, n_micro = resolve_batch(config, place.world)
+    config = replace(config, batch_tokens=batch_tokens)
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--wandb needs a package that is not installed: pip install wandb")
+    data = open_data(config, place)
+    tokenizer = data[2]
+    vocab_size = math.ceil(tokenizer.vocab_size / config.vocab_multiple) * config.vocab_multiple
+    shape = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
+    wanted = GPTConfig(**shape, vocab_size=vocab_size)
+    run, checkpoint = from_rank0(place, find_run, config, stem)
+    start, tensors, changed = 0, None, []
+    if checkpoint is None:
+        torch.manual_seed(config.seed)
+        model = GPT(wanted)
+    else:
+        model, tensors, saved = load_checkpoint(checkpoint, wanted, config)
+        start = saved["step"]
+        if start >= config.max_steps:
+            raise ValueError(f"{checkpoint} is at step {start}, --max-steps is {config.max_steps}: nothing is left")
+        changed = [f"{key} {saved['config'].get(key)} -> {value}" for key, value in asdict(config).items()
+                   if key not in FREE_ON_RESUME | shape.keys() and saved["config"].get(key) != value]
+    model.compute_dtype = place.dtype if place.dtype != torch.float32 else None
+    model.activation_checkpointing = config.activation_checkpointing
+    model.to(place.device)
+    optimizer = make_optimizer(model, config, tensors)
+    if config.compile:
+        model.compile(dynamic=False)  # in place: the names of the weights stay
+    wandb_run = None
+    if place.rank == 0:
+        open_run(run, config, start, memory)
+        if config.wandb:
+            import wandb
+            wandb_run = wandb.init(project="nanolong", name=run.name, dir=str(run), config=asdict(config))
+    for line in (f"run: {run}", *place.reasons,
+                 f"data: {config.data}, {count(len(data[0]))} training and {count(len(data[1]))} validation tokens",
+                 f"model: {count(model.num_params())} parameters, {count(model.num_params(embeddings=False))} of them "
+                 f"not embeddings; vocabulary {tokenizer.vocab_size} ({config.tokenizer}), rounded up to {vocab_size}",
+                 f"batch: {batch_tokens} tokens = {place.world} rank(s) x {n_micro} micro-step(s) x "
+                 f"{config.batch_size} sequences x {config.block_size}",
+                 *([f"resume: {checkpoint or 'no checkpoint yet'}, after step {start}"] if config.resume else []),
+                 *([f"resume: from here on the curve differs by {', '.join(changed)}"] if changed else [])):
+        log.info(line)
+    return config, place, run, model, optimizer, data, start, wandb_run
+
+
+def main(args: list[str] | None = None):
+    """One training; `args` default to the command line's. SystemExit unless it reaches max_steps."""
+    rank = int(os.environ.get("RANK", 0))
+    memory = MemoryHandler(10**6, flushLevel=logging.CRITICAL + 1)  # holds the lines until the run has a folder
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    log.handlers = [logging.StreamHandler(sys.stdout), memory] if rank == 0 else [logging.StreamHandler()]
+    try:
+        state = setup(sys.argv[1:] if args is None else args, memory)
+    except (ValueError, OSError) as e:  # only here: in training either would be a bug and shows its traceback
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(f"error{f' on rank {rank}' if rank else ''}: {e}")
+    code, words = train(*state)
+    if state[-1] is not None:
+        state[-1].finish()
+    log.info(words)
+    memory.close()
+    if dist.is_initialized():
+        total(state[1], 0)  # gloo's threads may abort a process that leaves while others still talk to it
+        dist.destroy_process_group()
+    if code:
+        sys.exit(f"error: {words}" if code == 1 else code)
+
+
+if __name__ == "__main__":
+    from train import main  # config files import TrainConfig from `train`: run that module, not a second copy of it
+
+    main()
