@@ -5,8 +5,8 @@ Ahead-of-time compilation: what the kernels would launch, for a GPU that is not 
         rms_norm(x, weight, 1e-5)             # or its launchers; CPU tensors: compiled and recorded, not run
     kernels[0].registers, kernels[0].spill, kernels[0].shared, ...
 
-The specialisation (pointer types, divisibility by 16, constexprs, tile, warps, stages) is that of a real launch, because it is a
-real launch up to the last step. Outputs stay uninitialised: only shapes, strides and dtypes count.
+The specialisation (pointer types, divisibility by 16, constexprs, tile, warps, stages) is that of a real launch, because it
+is one, up to the last step. Outputs stay uninitialised: only shapes, strides and dtypes count.
 Needs Triton and no TRITON_INTERPRET; works alike on Triton 3.6 to 3.9.
 """
 
@@ -93,25 +93,27 @@ def _occupancy(arch: int | str, registers: int, shared: int, num_warps: int) -> 
 def _measure(compiled, arch: int | str) -> Kernel:
     meta, asm = compiled.metadata, compiled.asm
     if arch == "gfx":
-        text = asm["amdgcn"]
-        registers, spill = (int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for key in ("vgpr_count", "private_segment_fixed_size"))
+        text, counts = asm["amdgcn"], ("vgpr_count", "private_segment_fixed_size")
+        registers, spill = (int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for key in counts)
         wgmma, mma = 0, len(re.findall(r"\bv_mfma_", text))
         cp_async = len(re.findall(r"(?:buffer|global)_load_.*\blds\b|global_load_lds_", text))
         has_f64 = "_f64" in text
     else:
         text = asm["ptx"]
         registers, spill = _nvidia_usage(asm["cubin"])
-        wgmma, mma = len(re.findall(r"\b(?:wgmma\.mma_async|tcgen05\.mma)\b", text)), len(re.findall(r"\bmma\.sync\b", text))
+        wgmma = len(re.findall(r"\b(?:wgmma\.mma_async|tcgen05\.mma)\b", text))
+        mma = len(re.findall(r"\bmma\.sync\b", text))
         cp_async = len(re.findall(r"\bcp\.async\.(?:c[ag]|bulk\.(?:tensor|shared)[^;]*?)\b", text))
         has_f64 = ".f64" in text
     names = compiled.src.fn.arg_names
     constexprs = {names[path[0]]: value for path, value in compiled.src.constants.items() if len(path) == 1}
-    return Kernel(compiled.name, arch, constexprs, meta.num_warps, meta.num_stages, registers, spill, meta.shared, wgmma, mma,
-                  cp_async, has_f64, _occupancy(arch, registers, meta.shared, meta.num_warps))
+    occupancy = _occupancy(arch, registers, meta.shared, meta.num_warps)
+    return Kernel(compiled.name, arch, constexprs, meta.num_warps, meta.num_stages, registers, spill, meta.shared, wgmma,
+                  mma, cp_async, has_f64, occupancy)
 
 
 class _AbsentDriver:
-    """What Triton asks its driver while it compiles. The device number separates the architectures in Triton's caches."""
+    """What Triton asks of its driver while it compiles. The device separates the architectures in Triton's caches."""
 
     def __init__(self, arch):
         from triton.backends.compiler import GPUTarget
@@ -134,16 +136,16 @@ class _AbsentDriver:
 @contextlib.contextmanager
 def compile_for(arch: int | str):
     """
-    Within the `with`, a launched Triton kernel is compiled for `arch` (a key of GPUS) instead of run, and the public functions take
-    their Triton path for CPU tensors. Yields the list that fills with one Kernel per distinct compiled kernel. ValueError for an
-    unknown `arch`, without Triton and with TRITON_INTERPRET=1.
+    Within the `with`, a launched Triton kernel is compiled for `arch` (a key of GPUS) instead of run, and the public
+    functions take their Triton path for CPU tensors. Yields the list that fills with one Kernel per distinct compiled kernel.
+    ValueError for an unknown `arch`, without Triton and with TRITON_INTERPRET=1.
     """
     if arch not in GPUS:
         raise ValueError(f"compile_for: arch {arch!r} is unknown, it must be one of {list(GPUS)}")
     if not backend.HAVE_TRITON:
         raise ValueError("compile_for: Triton is not installed: pip install triton")
     if backend.INTERPRET:
-        raise ValueError("compile_for: TRITON_INTERPRET=1 makes the kernels Python functions, which cannot be compiled: unset it")
+        raise ValueError("compile_for: TRITON_INTERPRET=1 makes the kernels Python functions: unset it to compile them")
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 

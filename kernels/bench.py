@@ -1,0 +1,527 @@
+"""
+Every kernel against its peers, one table, checked before it is timed.
+
+    python -m kernels.bench [attention rope rms_norm swiglu linear_cross_entropy model]      # all of them by default
+
+A kernel is first compared with its float64 reference: a wrong one is reported, not timed, and the exit status is 1.
+On a GPU: device events, L2 flushed before every repetition, medians; peers and ceilings (a large copy, a large bfloat16
+matmul) are measured in the same run. Writes kernels/results/<gpu>.json.
+Without a GPU: the check runs in Triton's interpreter, then every kernel and tile is compiled for the GPUs of --arch: the table
+shows registers, spills, matrix and asynchronous-copy instructions, shared memory, programs per multiprocessor.
+`model` times training steps of model.py against the same model in plain torch, on any device.
+
+Only useful FLOPs count: causal attention 2 B H T^2 D forward, 2.5 times that backward; the loss 6 N C V.
+"""
+
+import copy
+import dataclasses
+import datetime
+import functools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from kernels import aot, backend
+from kernels.attention import TILES, attention, attention_ref
+from kernels.loss import linear_cross_entropy
+from kernels.norm import rms_norm, rms_norm_ref
+from kernels.rope import rope, rope_frequencies, rope_ref, rope_turns
+from kernels.swiglu import swiglu, swiglu_ref
+
+KernelName = Literal["attention", "rope", "rms_norm", "swiglu", "linear_cross_entropy", "model"]
+KERNELS = get_args(KernelName)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What a kernel is measured with. A shape is a dict of sizes; ours, ref, plain and the peers take what `make` gives."""
+
+    kernel: str
+    make: Callable  # (device, dtype, **shape) -> inputs; those that require grad are differentiated
+    ours: Callable
+    ref: Callable  # the meaning, run in float64
+    plain: Callable  # naive torch in the inputs' dtype: twice its error is what ours may have
+    peers: dict[str, Callable]
+    work: Callable  # (pass, bytes per element, **shape) -> FLOPs or bytes
+    unit: Literal["TFLOP/s", "GB/s"]
+    tiny: dict  # the shape checked in the interpreter
+    small: dict  # the shape checked on a GPU
+    timed: list[dict]
+    compiled: Callable  # (architecture) -> list of (dtype, shape) compiled without a GPU
+    passes: tuple[str, ...] = ("fwd", "bwd")
+    variants: dict[str, Callable] = dataclasses.field(default_factory=dict)  # of ours, compiled too
+
+
+def name_of(shape: dict) -> str:
+    return " ".join(f"{key}{value}" for key, value in shape.items())
+
+
+def randn(device, dtype, *shape):
+    return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+
+@functools.cache
+def inductor(fn):
+    return torch.compile(fn, dynamic=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the cases
+
+def sdpa(attention_backend):
+    def run(q, k, v):
+        with sdpa_kernel(attention_backend):
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+            return out.transpose(1, 2)
+    return run
+
+
+@functools.cache
+def causal_blocks(T, device):
+    return create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=device)
+
+
+def flex(q, k, v):
+    mask = causal_blocks(q.shape[1], q.device)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return inductor(flex_attention)(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+def attention_cases():
+    def make(device, dtype, B, T, H, G, D):
+        return [randn(device, dtype, B, T, heads, D) for heads in (H, G, G)]
+
+    def ref(q, k, v):
+        return attention_ref(q, k, v, scale=q.shape[-1] ** -0.5, causal=True)[0]
+
+    def documents(q, k, v):
+        docs = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+        out, lse = attention(q, k, v, q_docs=docs, k_docs=docs, return_lse=True)
+        return out.float().sum() + lse.sum()
+
+    def tiles(arch):  # every entry of the tile table
+        return [({2: torch.bfloat16, 4: torch.float32}[element], dict(B=1, T=256, H=2, G=2, D=block_d))
+                for key_arch, element, block_d in TILES if key_arch == arch]
+
+    lengths = [(8, 2048), (4, 4096), (2, 8192), (1, 16384), (1, 32768)]
+    for H, G, D, batches in ((32, 32, 64, lengths), (16, 16, 128, lengths), (16, 4, 128, [(2, 8192)])):
+        yield Case(
+            "attention", make, attention, ref, sdpa(SDPBackend.MATH),
+            {"flash": sdpa(SDPBackend.FLASH_ATTENTION), "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION), "flex": flex},
+            lambda which, element, B, T, H, G, D: 2 * B * H * T * T * D * (2.5 if which == "bwd" else 1), "TFLOP/s",
+            tiny=dict(B=1, T=50, H=2, G=2 if G == H else 1, D=D), small=dict(B=1, T=1500, H=H, G=G, D=D),
+            timed=[dict(B=B, T=T, H=H, G=G, D=D) for B, T in batches], compiled=tiles,
+            variants={"full": functools.partial(attention, causal=False), "docs, lse": documents})
+
+
+def rotate(x, cos, sin):
+    """x (B, T, H, D), cos and sin (T, 1, D/2): pairs (i, i + D/2), as in `rope`."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def rope_cases():
+    def make(device, dtype, B, T, H, D):  # cos and sin are for the peers, who do not compute the angles
+        positions, inv_freq = torch.arange(T, device=device), rope_frequencies(D)[0].to(device)
+        angle = (positions[:, None] * inv_freq)[:, None]
+        x, cos, sin = randn(device, dtype, B, T, H, D), angle.cos().to(dtype), angle.sin().to(dtype)
+        return [x, positions, rope_turns(inv_freq), cos, sin]
+
+    plain = lambda x, positions, turns, cos, sin: rotate(x, cos, sin)  # noqa: E731
+    yield Case("rope", make, lambda x, positions, turns, *_: rope(x, positions, turns),
+               lambda x, positions, turns, *_: rope_ref(x, positions, turns), plain,
+               {"torch": plain, "compile": inductor(plain)},
+               lambda which, element, B, T, H, D: 2 * B * T * H * D * element, "GB/s",
+               tiny=dict(B=2, T=33, H=3, D=64), small=dict(B=2, T=1000, H=7, D=128),
+               timed=[dict(B=4, T=4096, H=H, D=D) for H, D in ((32, 64), (16, 128), (4, 128))],
+               compiled=lambda arch: [(torch.bfloat16, dict(B=1, T=64, H=4, D=D)) for D in (64, 128)])
+
+
+def rms_norm_cases():
+    plain = lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-5)  # noqa: E731
+    yield Case("rms_norm", lambda device, dtype, N, C: [randn(device, dtype, N, C), randn(device, dtype, C)],
+               lambda x, weight: rms_norm(x, weight, 1e-5), lambda x, weight: rms_norm_ref(x, weight, 1e-5), plain,
+               {"torch": plain, "compile": inductor(plain)},
+               lambda which, element, N, C: (2 if which == "fwd" else 3) * N * C * element, "GB/s",
+               tiny=dict(N=33, C=100), small=dict(N=1001, C=1536),
+               timed=[dict(N=16384, C=C) for C in (768, 2048, 4096, 8192)],
+               compiled=lambda arch: [(torch.bfloat16, dict(N=64, C=C)) for C in (256, 1024, 4096)])
+
+
+def swiglu_cases():
+    plain = lambda gate, up: F.silu(gate) * up  # noqa: E731
+    yield Case("swiglu", lambda device, dtype, N, F: [randn(device, dtype, N, F), randn(device, dtype, N, F)],
+               swiglu, swiglu_ref, plain, {"torch": plain, "compile": inductor(plain)},
+               lambda which, element, N, F: (3 if which == "fwd" else 5) * N * F * element, "GB/s",
+               tiny=dict(N=33, F=100), small=dict(N=1001, F=1536),
+               timed=[dict(N=16384, F=F) for F in (2048, 5632, 11008)],
+               compiled=lambda arch: [(torch.bfloat16, dict(N=64, F=1024))])
+
+
+def loss_cases():
+    def make(device, dtype, N, C, V):
+        weight = (torch.randn(V, C, device=device) * C**-0.5).to(dtype).requires_grad_()
+        return [randn(device, dtype, N, C), weight, torch.randint(V, (N,), device=device)]
+
+    def chunked(x, weight, targets):  # torch 2.13 and newer
+        return F.linear_cross_entropy(x, weight, targets, options=nn.LinearCrossEntropyOptions())
+
+    def ref(x, weight, targets):
+        return F.cross_entropy(F.linear(x, weight), targets)
+
+    def plain(x, weight, targets):
+        return F.cross_entropy(F.linear(x, weight).float(), targets)
+
+    sizes = [(16384, 768, 50257), (8192, 4096, 128256), (32768, 4096, 128256)]
+    yield Case("linear_cross_entropy", make, linear_cross_entropy, ref, plain,
+               {"torch": plain, "compile": inductor(plain), "F.linear_cross_entropy": chunked},
+               lambda which, element, N, C, V: 6 * N * C * V, "TFLOP/s",
+               tiny=dict(N=37, C=32, V=1001), small=dict(N=500, C=512, V=50257),
+               timed=[dict(N=N, C=C, V=V) for N, C, V in sizes], passes=("fwd+bwd",),
+               compiled=lambda arch: [(torch.bfloat16, dict(N=32, C=64, V=V)) for V in (320, 50257)],
+               variants={"none": functools.partial(linear_cross_entropy, reduction="none")})
+
+
+CASES = dict(attention=attention_cases, rope=rope_cases, rms_norm=rms_norm_cases, swiglu=swiglu_cases,
+             linear_cross_entropy=loss_cases)
+
+
+def cases(kernels: tuple[str, ...]) -> list[Case]:
+    return [case for kernel in kernels if kernel in CASES for case in CASES[kernel]()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the check
+
+def output_and_gradients(out, leaves, dout=None):
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def disagreement(ours, plain, truth) -> str:
+    """Empty if each tensor of `ours` is off by twice what that of `plain` is, plus its dtype's eps, at most; or what is wrong."""
+    def error(x, y):
+        return ((x.double() - y).norm() / (y.norm() or 1.0)).item()
+
+    wrong = []
+    for i, (a, b, y) in enumerate(zip(ours, plain, truth, strict=True)):
+        found, bound = error(a, y), 2 * error(b, y) + torch.finfo(a.dtype).eps
+        if not found <= bound:  # NaN is wrong, too
+            wrong.append(f"{f'gradient {i}' if i else 'output'} is off by {found:.2e}, more than {bound:.2e}")
+    return "; ".join(wrong)
+
+
+def check(case: Case, device: str) -> bool:
+    """Whether the kernel is right: at its `small` shape in bfloat16 on a GPU, `tiny` and float16 in the interpreter."""
+    torch.manual_seed(0)
+    shape, dtype = (case.tiny, torch.float16) if device == "cpu" else (case.small, torch.bfloat16)
+    inputs = case.make(device, dtype, **shape)
+    doubles = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
+    truth = case.ref(*doubles)
+    dout = torch.randn(truth.shape, device=device).to(dtype)
+    runs = [(case.ours(*inputs), inputs), (case.plain(*inputs), inputs), (truth, doubles)]
+    wrong = disagreement(*(output_and_gradients(out, [x for x in given if x.requires_grad], dout.to(out.dtype))
+                           for out, given in runs))
+    report(f"{case.kernel}  {name_of(shape)}  {str(dtype)[6:]}", wrong)
+    return not wrong
+
+
+def report(what: str, wrong: str):
+    print(f"WRONG  {what}: {wrong}" if wrong else f"right  {what}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the clock
+
+def median_ms(run: Callable, device: str) -> float:
+    """Median time of `run` with a cold L2, over about 0.3 s: 10 repetitions at least, 100 at most."""
+    if device == "cpu":
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            run()
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times[1:])
+    flush = torch.empty(2**28, dtype=torch.int32, device=device)  # 1 GiB: clearing it takes longer than launching `run`
+
+    def repeat(n):
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
+        for start, end in events:
+            flush.zero_()
+            start.record()
+            run()
+            end.record()
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in events)
+
+    repeat(3)  # compiles, warms up
+    return repeat(min(100, max(10, int(300 / repeat(3)))))
+
+
+def time_passes(case: Case, fn: Callable, inputs: list) -> tuple[torch.Tensor, dict]:
+    """The output, and per pass dict(ms, extra_mib): the peak of the memory it allocates, results included (0 on a CPU)."""
+    leaves, device = [x for x in inputs if x.requires_grad], inputs[0].device.type
+    out = fn(*inputs)
+    dout = torch.randn_like(out)
+    runs = {"fwd": lambda: torch.no_grad()(fn)(*inputs),
+            "bwd": lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True),
+            "fwd+bwd": lambda: torch.autograd.grad(fn(*inputs), leaves, dout)}
+    measured = {}
+    for which in case.passes:
+        measured[which] = dict(ms=median_ms(runs[which], device), extra_mib=0.0)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            runs[which]()
+            measured[which]["extra_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return out.detach(), measured
+
+
+def time_case(case: Case, shape: dict, device: str, ceilings: dict[str, float]) -> list[dict]:
+    """A row per pass: our time, memory, rate, share of the ceiling; each peer's time and memory, or why it has none."""
+    torch.manual_seed(0)
+    torch.compiler.reset()  # so that each shape is compiled for itself
+    inputs = case.make(device, torch.bfloat16, **shape)
+    ours, measured = time_passes(case, case.ours, inputs)
+    rows = []
+    for which, numbers in measured.items():
+        rate = case.work(which, inputs[0].element_size(), **shape) / numbers["ms"] / (1e9 if case.unit == "TFLOP/s" else 1e6)
+        rows.append(dict(kernel=case.kernel, shape=name_of(shape), stage=which, **numbers, rate=rate, unit=case.unit,
+                         of_ceiling=rate / ceilings[case.unit], peers={}))
+    for name, peer in case.peers.items():
+        reason = ""
+        try:
+            out, measured = time_passes(case, peer, inputs)
+            error = ((out.float() - ours.float()).norm() / ours.float().norm()).item()
+            if not error <= 4 * torch.finfo(out.dtype).eps:
+                reason = f"its output differs from ours by {error:.1e}"
+            del out
+        except Exception as e:  # whatever a peer dies of is shown, and the run goes on
+            reason = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
+        for row in rows:
+            row["peers"][name] = dict(reason=reason) if reason else measured[row["stage"]]
+    return rows
+
+
+def measure_ceilings(device: str) -> dict[str, float]:
+    """What this GPU reaches: a 2 GiB copy (bytes read and written), an 8192^3 bfloat16 matmul of random numbers."""
+    x, y = (torch.empty(2**31, dtype=torch.uint8, device=device) for _ in range(2))
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return {"GB/s": 2 * x.numel() / median_ms(lambda: y.copy_(x), device) / 1e6,
+            "TFLOP/s": 2 * 8192**3 / median_ms(lambda: a @ b, device) / 1e9}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# without a GPU
+
+def static_cases(arch: int | str, kernels: tuple[str, ...] = KERNELS) -> Iterator[tuple[str, str, Callable]]:
+    """(kernel, label, thunk): in aot.compile_for(arch) the thunk compiles what a forward and a backward pass would launch."""
+    for case in {case.kernel: case for case in cases(kernels)}.values():
+        for dtype, shape in case.compiled(arch):
+            for variant, fn in {"": case.ours, **case.variants}.items():
+                def thunk(case=case, dtype=dtype, shape=shape, fn=fn):
+                    inputs = case.make("cpu", dtype, **shape)
+                    out = fn(*inputs)
+                    torch.autograd.grad(out, [x for x in inputs if x.requires_grad], torch.ones_like(out))
+
+                yield case.kernel, f"{name_of(shape)} {str(dtype)[6:]} {variant}".strip(), thunk
+
+
+def static_rows(arch: int | str, kernels: tuple[str, ...]) -> Iterator[dict]:
+    for _, label, thunk in static_cases(arch, kernels):
+        with aot.compile_for(arch) as built:
+            thunk()
+        for k in built:
+            yield {"gpu": arch, "kernel": k.name.strip("_"), "shape": label, "tile": k.tile, "registers": k.registers,
+                   "spilled B": k.spill, "shared B": k.shared, "wgmma": k.wgmma, "mma": k.mma, "cp.async": k.cp_async,
+                   "programs/SM": k.occupancy}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the model, against the same one in plain torch
+
+class PlainGPT(nn.Module):
+    """model.py's default architecture, with its parameters' names, in nothing but torch."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, self.config, self.compute_dtype = config.n_embd, config, None
+        linear = functools.partial(nn.Linear, bias=False)
+        self.wte = nn.Embedding(config.vocab_size, C)
+        self.blocks = nn.ModuleList(nn.ModuleDict(dict(
+            norm_attn=nn.RMSNorm(C, config.norm_eps), attn=nn.ModuleDict(dict(wqkv=linear(C, 3 * C), wo=linear(C, C))),
+            norm_mlp=nn.RMSNorm(C, config.norm_eps), mlp=nn.ModuleDict(dict(
+                w_gate=linear(C, config.n_inner), w_up=linear(C, config.n_inner), w_down=linear(config.n_inner, C)))))
+            for _ in range(config.n_layer))
+        self.norm_f = nn.RMSNorm(C, config.norm_eps)
+        angle = torch.arange(config.block_size)[:, None, None] * rope_frequencies(config.head_dim, config.rope_base)[0]
+        self.register_buffer("cos", angle.cos().float(), persistent=False)
+        self.register_buffer("sin", angle.sin().float(), persistent=False)
+
+    def forward(self, idx, targets):
+        (B, T), config = idx.shape, self.config
+        x = self.wte(idx).to(self.compute_dtype)
+        for block in self.blocks:
+            q, k, v = block.attn.wqkv(block.norm_attn(x)).view(B, T, 3, config.n_head, config.head_dim).unbind(2)
+            cos, sin = self.cos[:T].to(q.dtype), self.sin[:T].to(q.dtype)
+            q, k, v = (z.transpose(1, 2) for z in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + block.attn.wo(y.transpose(1, 2).reshape(B, T, -1))
+            y = block.norm_mlp(x)
+            x = x + block.mlp.w_down(F.silu(block.mlp.w_gate(y)) * block.mlp.w_up(y))
+        return F.cross_entropy(F.linear(self.norm_f(x), self.wte.weight).flatten(0, 1), targets.flatten())
+
+
+def time_model(device: str) -> list[dict]:
+    """The row for training steps of both models from the same weights, in alternating blocks; none if ours is wrong."""
+    from model import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    config, B, steps = GPTConfig(), 16, 10
+    if device == "cpu":  # the quickstart's
+        config, steps = GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=320, block_size=256), 2
+    ours, plain = GPT(config).to(device), PlainGPT(config).to(device)
+    plain.load_state_dict(ours.state_dict())
+    exact = copy.deepcopy(plain).double()
+    if device == "cuda":
+        ours.compute_dtype = plain.compute_dtype = torch.bfloat16
+    batch = torch.randint(config.vocab_size, (2, B, config.block_size), device=device)  # tokens and targets
+
+    def plain_loss(idx, targets):
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            return plain(idx, targets)
+
+    runs = ((lambda idx, targets: ours(idx, targets)[1], ours), (plain_loss, plain), (exact, exact))
+    wrong = disagreement(*(output_and_gradients(loss(*batch[:, :2]), list(model.parameters())) for loss, model in runs))
+    shape = f"B{B} T{config.block_size} L{config.n_layer} C{config.n_embd} H{config.n_head} V{config.vocab_size}"
+    report(f"model  {shape}", wrong)
+    if wrong:
+        return []
+    contenders = [(loss, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), []) for loss, model in runs[:2]]
+    for _ in range(6):  # the first warms up
+        for loss, optimizer, times in contenders:
+            start = time.perf_counter()
+            for _ in range(steps):
+                loss(*batch).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - start) / steps)
+    ms, plain_ms = (statistics.median(times[1:]) for *_, times in contenders)
+    return [dict(kernel="model", shape=shape, stage="step", ms=ms, extra_mib=0.0, rate=B * config.block_size / ms,
+                 unit="ktok/s", of_ceiling=None, peers={"plain torch": dict(ms=plain_ms, extra_mib=0.0)})]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the table, the file, the command
+
+def print_table(rows: list[dict]):
+    text = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
+    text = [list(rows[0]), *text] if rows else []
+    widths = [max(map(len, column)) for column in zip(*text)]
+    for line in text:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip(), flush=True)
+
+
+def print_measured(rows: list[dict]):
+    def against(peer, ms):
+        return f"{peer['ms'] / ms:.2f}x ({peer['extra_mib']:.0f})" if "ms" in peer else "n/a"
+
+    print_table([{"kernel": row["kernel"], "shape": row["shape"], "pass": row["stage"], "ms": row["ms"],
+                  "rate": f"{row['rate']:.4g} {row['unit']}",
+                  "of ceiling": f"{row['of_ceiling']:.0%}" if row["of_ceiling"] else "", "extra MiB": f"{row['extra_mib']:.0f}",
+                  "our speed / a peer's (its extra MiB)": ", ".join(
+                      f"{name} {against(peer, row['ms'])}" for name, peer in row["peers"].items())} for row in rows])
+    for line in dict.fromkeys(f"n/a  {name}, {row['kernel']} {row['shape']}: {peer['reason']}"
+                              for row in rows for name, peer in row["peers"].items() if "reason" in peer):
+        print(line)
+
+
+def save(rows: list[dict], ceilings: dict[str, float]) -> Path:
+    """Puts the rows in kernels/results/<gpu>.json, in place of each kernel's previous ones."""
+    gpu = torch.cuda.get_device_name()
+    path = Path(__file__).parent / "results" / f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+    path.parent.mkdir(exist_ok=True)
+    results = json.loads(path.read_text()) if path.exists() else {"gpu": gpu, "kernels": {}}
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, triton=backend.triton.__version__,
+                    cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        results["kernels"][kernel] = dict(date=date, versions=versions, ceilings=ceilings,
+                                          rows=[row for row in rows if row["kernel"] == kernel])
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    return path
+
+
+def bench_gpu(kernels: tuple[str, ...]) -> list[str]:
+    """Checks, times, prints, saves; returns the names of the kernels that are wrong."""
+    from torch._functorch import config
+    config.donated_buffer = False  # lets a compiled backward pass run more than once
+    ceilings, wrong, rows = measure_ceilings("cuda"), [], []
+    print(f"{torch.cuda.get_device_name()}: copy {ceilings['GB/s']:.0f} GB/s, matmul {ceilings['TFLOP/s']:.0f} TFLOP/s")
+    for case in cases(kernels):
+        if not check(case, "cuda"):
+            wrong.append(case.kernel)
+            continue
+        for shape in case.timed:
+            rows += time_case(case, shape, "cuda", ceilings)
+            torch.cuda.empty_cache()
+    if "model" in kernels:
+        row = time_model("cuda")
+        wrong, rows = wrong + ["model"] * (not row), rows + row
+    print_measured(rows)
+    print(f"saved {save(rows, ceilings)}")
+    return wrong
+
+
+def bench_no_gpu(kernels: tuple[str, ...], arch: tuple[int | str, ...]) -> list[str]:
+    """Checks in the interpreter, compiles, prints; returns the names of what is wrong. Under TRITON_INTERPRET=1 only checks."""
+    if backend.INTERPRET:
+        return [case.kernel for case in cases(kernels) if not check(case, "cpu")]
+    wrong, own = [], tuple(kernel for kernel in kernels if kernel in CASES)
+    if own and not backend.HAVE_TRITON:
+        print("Triton is not installed: pip install triton, to check and compile the kernels")
+    elif own:
+        environment = os.environ | dict(TRITON_INTERPRET="1", NANOLONG_KERNELS="triton")
+        if subprocess.run([sys.executable, "-m", "kernels.bench", *own], env=environment).returncode:
+            wrong.append("in the interpreter, see above")
+        print_table([row for one in arch for row in static_rows(one, own)])
+    if "model" in kernels:
+        row = time_model("cpu")
+        wrong += ["model"] * (not row)
+        print_measured(row)
+    return wrong
+
+
+def main(kernels: tuple[KernelName, ...], arch: tuple[Literal[80, 89, 90, 100, "gfx"], ...] = (80, 90, 100)):
+    """
+    Measures every kernel against its peers on a GPU; without one, checks and compiles it.
+
+    Args:
+        kernels: which kernels; all when none is named
+        arch: the GPUs to compile for where there is none: NVIDIA compute capability x 10, or gfx (AMD gfx942)
+    """
+    kernels = kernels or KERNELS
+    wrong = bench_gpu(kernels) if torch.cuda.is_available() else bench_no_gpu(kernels, arch)
+    if wrong:
+        sys.exit(f"kernels.bench: wrong, so not timed: {', '.join(dict.fromkeys(wrong))}")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(main, config=(tyro.conf.PositionalRequiredArgs,))

@@ -1,0 +1,161 @@
+"""
+Every kernel, at every entry of its tile table, compiled for GPUs that are not here: nothing spills, the matrix and copy units are
+used, it fits. The compiler needs kernels that are not interpreted, so the compilation runs in processes of its own.
+"""
+
+import collections
+import concurrent.futures
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels import aot
+from kernels.attention import TILES
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "NANOLONG_KERNELS")} | dict(OMP_NUM_THREADS="1")
+ARCHS = [80, 90, 100, pytest.param(89, marks=pytest.mark.slow), pytest.param("gfx", marks=pytest.mark.slow)]
+COMPILE = """
+import dataclasses, json, sys
+from kernels import aot, bench
+arch = json.loads(sys.argv[1])
+for kernel, label, thunk in bench.static_cases(arch):
+    with aot.compile_for(arch) as built:
+        thunk()
+    for row in built:
+        print("ROW", json.dumps(dict(dataclasses.asdict(row), kernel=kernel, label=label), default=str))
+"""
+_pool = concurrent.futures.ThreadPoolExecutor(2)
+
+
+def _python(program, *args, cwd=ROOT):
+    run = subprocess.run([sys.executable, "-c", program, *args], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return run.stdout
+
+
+@functools.cache
+def _compilation(arch):
+    return _pool.submit(_python, COMPILE, json.dumps(arch))
+
+
+@pytest.fixture
+def rows(arch):
+    """What aot.Kernel holds, as dicts, of every kernel that the launchers launch on `arch`."""
+    for first in (90, 100, 80):
+        _compilation(first)  # two at a time
+    return [json.loads(line[4:]) for line in _compilation(arch).result().splitlines() if line.startswith("ROW ")]
+
+
+def _bad(rows, condition):
+    return [f"{row['name']} {row['label']} {row['constexprs']}: {row}" for row in rows if not condition(row)]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+class TestEveryKernel:
+    def test_every_entry_of_the_tables_is_compiled(self, rows, arch):
+        entries = [key for key in TILES if key[0] == arch]
+        assert entries, f"no attention tiles for {arch}"
+        names = collections.defaultdict(set)
+        for row in rows:
+            names[row["label"]].add(row["name"])
+        for _, element, block_d in entries:
+            for variant in ("", " full", " docs, lse"):
+                label = f"B1 T256 H2 G2 D{block_d} {'bfloat16' if element == 2 else 'float32'}{variant}"
+                assert names[label] == {f"_attention_{part}_kernel" for part in ("fwd", "dq", "dkdv")}, label
+        assert {row["kernel"] for row in rows} == {"attention", "rope", "rms_norm", "swiglu", "linear_cross_entropy"}
+
+    def test_nothing_spills(self, rows):
+        assert not _bad(rows, lambda row: row["spill"] == 0)
+
+    def test_no_float64(self, rows):
+        assert not _bad(rows, lambda row: not row["has_f64"])
+
+    def test_fits(self, rows, arch):
+        assert not _bad(rows, lambda row: row["shared"] <= aot.GPUS[arch].shared and row["occupancy"] >= 1)
+        if arch != "gfx":
+            assert not _bad(rows, lambda row: row["registers"] * 32 * row["num_warps"] <= 65536)
+
+    def test_attention_uses_the_matrix_and_copy_units(self, rows, arch):
+        half = [row for row in rows if row["kernel"] == "attention" and "bfloat16" in row["label"]]
+        assert not _bad(half, lambda row: row["wgmma" if arch in (90, 100) else "mma"] > 0)
+        if arch == 90:
+            assert not _bad(half, lambda row: row["mma"] == 0)  # no product fell back to the old instruction
+        if arch != "gfx":
+            assert not _bad(half, lambda row: row["cp_async"] > 0)
+
+
+PROBE = '''
+import torch, triton, triton.language as tl
+from kernels import aot
+from kernels.norm import rms_norm
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+@triton.jit(do_not_specialize=["K"])
+def matmul(X, Y, OUT, K, stride, DOUBLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, 64)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, 64):
+        x = tl.load(X + m[:, None] * stride + (start + k)[None, :])
+        y = tl.load(Y + n[:, None] * stride + (start + k)[None, :])
+        acc = tl.dot(x, tl.trans(y), acc)
+    if DOUBLE:
+        acc = (acc.to(tl.float64) * 1.1).to(tl.float32)
+    tl.store(OUT + m[:, None] * BLOCK_N + n[None, :], acc)
+
+def build(arch, stride=1024, double=False, block_m=64, block_n=64):
+    x, out = torch.empty(2**20, dtype=torch.bfloat16), torch.empty(2**20)
+    with aot.compile_for(arch) as built:
+        for _ in range(2):
+            matmul[(1,)](x, x, out, 1024, stride, DOUBLE=double, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, num_stages=3)
+    assert len(built) == 1  # the second launch is the same kernel
+    return built[0]
+
+run = JITFunction.run
+plain = build(90)
+assert plain.tile == "64x64 w4 s3" and plain.arch == 90
+assert plain.spill == 0 and plain.wgmma > 0 and plain.mma == 0 and plain.cp_async > 0 and not plain.has_f64, plain
+assert plain.shared == 3 * 2 * 64 * 64 * 2 and plain.occupancy == (232448 + 1024) // (plain.shared + 1024), plain
+assert build(90, stride=1023).cp_async == 0  # a stride that is not divisible by 16
+assert build(90, double=True).has_f64
+spilled = build(90, block_m=256, block_n=128)
+assert spilled.registers == 255 and spilled.spill > 0 and spilled.occupancy == 1, spilled
+old = build(80)
+assert old.wgmma == 0 and old.mma > 0 and old.cp_async > 0, old  # compiled anew for the other architecture
+assert build(100).wgmma > 0
+amd = build("gfx")
+assert amd.mma > 0 and amd.spill == 0 and 0 < amd.registers <= 512, amd
+assert build("gfx", block_m=256, block_n=128).occupancy == 0  # more shared memory than there is
+
+x, w = torch.randn(4, 32, requires_grad=True), torch.ones(32, requires_grad=True)
+with aot.compile_for(90) as built:
+    rms_norm(x, w, 1e-5).sum().backward()  # the public function, on CPU tensors
+assert [k.name for k in built] == ["_rms_norm_fwd_kernel", "_rms_norm_bwd_kernel"]
+assert built[0].constexprs["C"] == 32 and built[0].constexprs["EPS"] == 1e-5
+assert driver._active is None and JITFunction.run is run  # all is as before
+torch.testing.assert_close(rms_norm(x, w, 1e-5), torch.nn.functional.rms_norm(x, (32,), w, 1e-5))
+try:
+    aot.compile_for(75).__enter__()
+except ValueError as e:
+    assert "75" in str(e) and "[80, 89, 90, 100, 'gfx']" in str(e)
+else:
+    raise AssertionError("an unknown architecture was accepted")
+'''
+
+
+def test_what_is_counted(tmp_path):
+    (tmp_path / "probe.py").write_text(PROBE)  # Triton reads a kernel's source from its file
+    _python(f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import probe", cwd=tmp_path)
+
+
+def test_the_interpreter_is_refused():
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"), aot.compile_for(90):
+        pass

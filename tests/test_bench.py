@@ -1,0 +1,121 @@
+"""The benchmark without a GPU: the command prints its table, and a wrong kernel is refused, in whatever way it is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import bench, norm
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _bench(*args):
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "NANOLONG_KERNELS")}
+    return subprocess.run([sys.executable, "-m", "kernels.bench", *args], cwd=ROOT, env=environment | dict(CUDA_VISIBLE_DEVICES=""),
+                          capture_output=True, text=True)
+
+
+def test_the_command_checks_and_prints_the_table():
+    pytest.importorskip("triton")
+    run = _bench("rms_norm", "--arch", "90")
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert lines[0].startswith("right  rms_norm  N33 C100  float16")
+    assert lines[1].split() == "gpu kernel shape tile registers spilled B shared B wgmma mma cp.async programs/SM".split()
+    assert len(lines) == 2 + 2 * 3 and all(line.startswith("90   rms_norm_") for line in lines[2:])
+
+
+def test_the_command_refuses_unknown_names():
+    run = _bench("norm")
+    assert run.returncode == 2 and "rms_norm" in run.stdout + run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def _wrong_output(x, weight, eps):
+    return norm.rms_norm_ref(x, weight, eps) * 1.01
+
+
+def _wrong_gradient(x, weight, eps):
+    return norm.rms_norm_ref(x.detach(), weight, eps) + 0 * x
+
+
+def _nan(x, weight, eps):
+    return norm.rms_norm_ref(x, weight, eps) * torch.nan
+
+
+@pytest.mark.parametrize("kernel", [_wrong_output, _wrong_gradient, _nan])
+def test_a_wrong_kernel_is_refused(kernel, monkeypatch, capsys, triton_kernels):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    bench.main(("rms_norm",))
+    assert capsys.readouterr().out.startswith("right  rms_norm")
+    monkeypatch.setattr(bench, "rms_norm", kernel)
+    with pytest.raises(SystemExit, match="wrong, so not timed: rms_norm"):
+        bench.main(("rms_norm",))
+    assert capsys.readouterr().out.startswith("WRONG  rms_norm")
+
+
+def test_the_gpu_path_refuses_and_does_not_time(monkeypatch):
+    """bench_gpu with the device calls replaced: a wrong kernel is not timed, a right one is."""
+    timed, saved = [], []
+    monkeypatch.setattr(bench, "measure_ceilings", lambda device: {"GB/s": 1.0, "TFLOP/s": 1.0})
+    monkeypatch.setattr(bench, "check", lambda case, device: case.kernel != "swiglu")
+    monkeypatch.setattr(bench, "time_case", lambda case, shape, device, ceilings: timed.append(case.kernel) or [])
+    monkeypatch.setattr(bench, "save", lambda rows, ceilings: saved.append(rows))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert bench.bench_gpu(("rms_norm", "swiglu")) == ["swiglu"]
+    assert set(timed) == {"rms_norm"} and saved
+
+
+def test_results_are_kept_by_kernel(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 (SXM)")
+    bench.save([dict(kernel="rope", ms=1.0), dict(kernel="swiglu", ms=2.0)], {"GB/s": 1.0})
+    path = bench.save([dict(kernel="rope", ms=3.0)], {"GB/s": 5.0})
+    assert path == tmp_path / "results" / "nvidia-h200-sxm.json"
+    results = json.loads(path.read_text())
+    assert results["gpu"] == "NVIDIA H200 (SXM)"
+    assert results["kernels"]["swiglu"]["rows"] == [dict(kernel="swiglu", ms=2.0)]
+    assert results["kernels"]["rope"]["rows"] == [dict(kernel="rope", ms=3.0)]
+    assert results["kernels"]["rope"]["ceilings"] == {"GB/s": 5.0} and results["kernels"]["rope"]["versions"]["torch"] == torch.__version__
+
+
+def test_rows_hold_rates_peers_and_reasons(capsys):
+    """time_case, on the CPU: the rate is work over time, a peer that fails or disagrees is n/a with its reason."""
+    case = bench.cases(("rms_norm",))[0]
+
+    def fails(x, weight):
+        raise RuntimeError("not on\nthis machine")
+
+    peers = {"same": case.plain, "fails": fails, "disagrees": lambda x, weight: 2 * case.plain(x, weight)}
+    case = bench.dataclasses.replace(case, ours=case.plain, peers=peers)
+    rows = bench.time_case(case, dict(N=64, C=128), "cpu", {"GB/s": 2.0})
+    assert [row["stage"] for row in rows] == ["fwd", "bwd"]
+    for row, tensors in zip(rows, (2, 3)):
+        assert row["rate"] == pytest.approx(tensors * 64 * 128 * 2 / (row["ms"] * 1e6))
+        assert row["of_ceiling"] == row["rate"] / 2.0
+        assert row["peers"]["same"]["ms"] > 0
+        assert row["peers"]["fails"]["reason"] == "RuntimeError: not on this machine"
+        assert "differs from ours by 1.0e+00" in row["peers"]["disagrees"]["reason"]
+    bench.print_measured(rows)
+    out = capsys.readouterr().out
+    assert out.count("fails n/a, disagrees n/a") == 2 and "n/a  fails, rms_norm N64 C128: RuntimeError: not on this machine" in out
+
+
+def test_the_plain_model_is_the_same_model():
+    """The model that `bench model` measures against: same logits as model.py from the same weights, in float64."""
+    from model import GPT, GPTConfig
+
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=50, block_size=16)
+    ours, plain = GPT(config).double(), bench.PlainGPT(config).double()
+    plain.load_state_dict(ours.state_dict())
+    idx, targets = torch.randint(50, (2, 2, 16))
+    loss, plain_loss = ours(idx, targets)[1], plain(idx, targets)
+    assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-6)
+    grads = (torch.autograd.grad(a, list(model.parameters())) for a, model in ((loss, ours), (plain_loss, plain)))
+    for mine, theirs in zip(*grads, strict=True):
+        assert (mine - theirs).norm() <= 1e-6 * theirs.norm()
