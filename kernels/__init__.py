@@ -1,7 +1,27 @@
 """nanoLong's kernels: one file each, a Triton implementation with its plain torch reference beside it. See backend.py for which runs."""
 
+import importlib.util
+import os
+import pkgutil
+import sys
+
 from kernels.attention import attention, merge_attention
 from kernels.loss import linear_cross_entropy
 from kernels.norm import rms_norm
 from kernels.rope import rope, rope_frequencies, rope_turns
 from kernels.swiglu import swiglu
+
+# PyPI has another package named `kernels`, which transformers imports from when it is installed. Run from the repository, this
+# package comes first; what it does not have is taken from that one, so that both work in one process.
+__path__ = pkgutil.extend_path(__path__, __name__)
+
+
+def __getattr__(name):
+    other = next((p for p in map(lambda folder: os.path.join(folder, "__init__.py"), __path__[1:]) if os.path.exists(p)), None)
+    if name.startswith("__") or other is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if "kernels.pypi" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("kernels.pypi", other)
+        sys.modules["kernels.pypi"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["kernels.pypi"])
+    return getattr(sys.modules["kernels.pypi"], name)
