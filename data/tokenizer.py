@@ -1,0 +1,144 @@
+"""
+Tokenizers: text to ids, and ids to bytes.
+
+    byte            the UTF-8 bytes themselves, 256 ends a text; no dependency
+    gpt2            GPT-2's byte-pair encoding, from the ranks beside this file (works offline)
+    tokenizer.json  (its path) any Hugging Face tokenizer over bytes: byte-level BPE (GPT-2, Llama 3, Qwen, NeoX) or
+                    SentencePiece with U+2581 for a space and <0xNN> for a byte (Llama 2, Mistral)
+
+Ids decode to *bytes* and each id alone to its own, because a token may hold part of a character: a stream of tokens
+joins bytes and cuts them into UTF-8 where it can. Text never turns into a control token: "<|endoftext|>" or "</s>" in a
+book is encoded as the characters it is.
+"""
+
+import base64
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+GPT2_RANKS = Path(__file__).parent / "gpt2.tiktoken"
+GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # tiktoken's own for r50k_base
+# GPT-2's pattern as tiktoken writes it, possessive for speed. A run of 10^6 spaces or newlines overflows its stack.
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")  # in the order they are looked for
+
+
+class Tokenizer:
+    """
+    name          str, what load_tokenizer was given
+    tag           str, short and fit for a file name: "byte", "gpt2", or <folder>-<8 digits of its sha256>, so that
+                  two tokenizer.json of one name never share token files
+    vocab_size    int, every id is below it
+    eot           int, the id that ends a document; decodes to nothing
+    token_nbytes  (vocab_size,) int64, the bytes each id stands for, 0 for control tokens. Over the ids of a text it
+                  sums to the text's bytes, but for what a tokenizer.json adds: Llama 2's puts a space before each text
+    """
+
+    def __init__(self, name: str, tag: str, token_bytes: list[bytes], eot: int, encode: Callable[[str], list[int]]):
+        self.name, self.tag, self.vocab_size, self.eot = name, tag, len(token_bytes), eot
+        self.token_nbytes = np.array([len(b) for b in token_bytes], dtype=np.int64)
+        self._token_bytes, self._encode = token_bytes, encode
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without any begin- or end-of-text token."""
+        return self._encode(text)
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        """The bytes of ids: decode(a) + decode(b) == decode(a + b). Control tokens and ids of no token give none."""
+        return b"".join(self._token_bytes[i] for i in map(int, ids) if 0 <= i < self.vocab_size)
+
+
+def load_tokenizer(name: str | os.PathLike) -> Tokenizer:
+    """name: "byte", "gpt2" or the path of a tokenizer.json. ValueError, one line, for any other or a damaged file."""
+    name = os.fspath(name)
+    if name == "byte":
+        token_bytes = [bytes([i]) for i in range(256)] + [b""]
+        return Tokenizer("byte", "byte", token_bytes, eot=256, encode=lambda text: list(text.encode("utf-8")))
+    if name == "gpt2":
+        return _gpt2()
+    if name.endswith(".json") and Path(name).is_file():
+        return _from_tokenizer_json(Path(name))
+    if name.endswith(".json"):
+        raise ValueError(f"tokenizer {name}: no such file")
+    close = difflib.get_close_matches(name, ["byte", "gpt2"], n=1, cutoff=0.5)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    raise ValueError(f"unknown tokenizer {name!r}{hint}: use byte, gpt2 or the path of a tokenizer.json")
+
+
+def _gpt2() -> Tokenizer:
+    try:
+        import tiktoken
+    except ImportError:
+        raise ValueError("tokenizer gpt2 needs a package that is not installed: pip install tiktoken") from None
+    restore = f"restore it: git checkout {GPT2_RANKS}"
+    if not GPT2_RANKS.is_file():
+        raise ValueError(f"{GPT2_RANKS}: no such file; {restore}")
+    raw = GPT2_RANKS.read_bytes()
+    sha256 = hashlib.sha256(raw).hexdigest()
+    if sha256 != GPT2_SHA256:
+        raise ValueError(f"{GPT2_RANKS}: sha256 is {sha256}, expected {GPT2_SHA256}; {restore}")
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in raw.splitlines())}
+    eot = len(ranks)
+    encoding = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                                 special_tokens={"<|endoftext|>": eot})
+    return Tokenizer("gpt2", "gpt2", sorted(ranks, key=ranks.get) + [b""], eot, encoding.encode_ordinary)
+
+
+def _from_tokenizer_json(path: Path) -> Tokenizer:
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError(f"tokenizer {path} needs a package that is not installed: pip install tokenizers") from None
+    raw = path.read_bytes()
+    try:
+        hf, spec = tokenizers.Tokenizer.from_str(raw.decode("utf-8")), json.loads(raw)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{path}: not a tokenizer.json for tokenizers {tokenizers.__version__}: {error}") from None
+    hf.no_padding()
+    hf.no_truncation()
+    hf.encode_special_tokens = True  # special tokens in the text are text
+    vocab = hf.get_vocab(with_added_tokens=True)
+    eot = next((vocab[token] for token in END_OF_TEXT if token in vocab), None)
+    if eot is None:
+        raise ValueError(f"{path}: no end-of-text token among its {len(vocab)} tokens; "
+                         f"looked for {' '.join(END_OF_TEXT)}")
+    to_bytes = _token_to_bytes(path, spec)
+    token_bytes = [b""] * (max(vocab.values()) + 1)
+    for token, i in vocab.items():
+        token_bytes[i] = to_bytes(token)
+    for token in spec.get("added_tokens", []):
+        token_bytes[token["id"]] = b"" if token["special"] else token["content"].encode("utf-8")
+    token_bytes[eot] = b""
+    stem = path.resolve().parent.name if path.stem == "tokenizer" else path.stem
+    tag = f"{re.sub(r'[^A-Za-z0-9_-]', '_', stem)[:32]}-{hashlib.sha256(raw).hexdigest()[:8]}"
+    return Tokenizer(str(path), tag, token_bytes, eot, lambda text: hf.encode(text, add_special_tokens=False).ids)
+
+
+def _token_to_bytes(path: Path, spec: dict) -> Callable[[str], bytes]:
+    """How the vocabulary of a tokenizer.json writes bytes. ValueError for one that loses them, such as WordPiece."""
+    steps = set(re.findall(r'"type": "(\w+)"', json.dumps([spec.get("decoder"), spec.get("pre_tokenizer")])))
+    if "ByteLevel" in steps:
+        byte_of = _byte_level_alphabet()
+        return lambda token: bytes(byte_of[c] for c in token) if byte_of.keys() >= set(token) else token.encode("utf-8")
+    if steps & {"Metaspace", "ByteFallback"}:
+        byte_token = re.compile(r"<0x([0-9A-F]{2})>")
+
+        def to_bytes(token):
+            match = byte_token.fullmatch(token)
+            return bytes.fromhex(match[1]) if match else token.replace("\u2581", " ").encode("utf-8")
+        return to_bytes
+    raise ValueError(f"{path}: its tokens do not turn back into bytes (decoder {', '.join(sorted(steps)) or 'none'}; "
+                     f"needed ByteLevel, Metaspace or ByteFallback): use another tokenizer, e.g. gpt2")
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte, inverted: bytes that print stay, the others count up from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
