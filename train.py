@@ -151,7 +151,7 @@ class Place:
 
 
 def choose_place(config: TrainConfig) -> Place:
-    """Picks device and dtype, says why, and joins torchrun's process group. ValueError when they cannot be had."""
+    """Picks device and dtype and says why; rank and world are torchrun's. ValueError when they cannot be had."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available() and world == 1, cpu=True)
@@ -176,10 +176,8 @@ def choose_place(config: TrainConfig) -> Place:
         bf16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = torch.bfloat16 if bf16 else torch.float32
         because = "this GPU has it in hardware" if bf16 else "bfloat16 is for GPUs that have it in hardware"
-    if world > 1:  # gloo carries small numbers between CPUs, so that agreeing on them never waits for a GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     return Place(rank, world, device, dtype, [
-        f"device: {kind}, {name}, {world} rank{'s' if world > 1 else ''} ({why})",
+        f"device: {kind}, {name}, {world} rank(s) ({why})",
         f"dtype: {str(dtype)[6:]} activations, float32 weights ({because})",
         "compile: on (the first step takes a while)" if config.compile else "compile: off (the default without CUDA)"])
 
@@ -226,9 +224,8 @@ def peak_flops(place: Place) -> float | None:
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
-def open_data(config: TrainConfig, place: Place) -> tuple[TokenFile, TokenFile, Tokenizer]:
+def open_data(config: TrainConfig, place: Place, tokenizer: Tokenizer) -> tuple[TokenFile, TokenFile, Tokenizer]:
     """The training and validation sets and their tokenizer; the sample set is prepared on first use."""
-    tokenizer = load_tokenizer(config.tokenizer)
     paths = [Path(config.data) / f"{split}.{tokenizer.tag}.tokens" for split in ("train", "validation")]
     from_rank0(place, prepare_sample, config, paths)
     train, validation = (TokenFile(path, tokenizer.vocab_size, tokenizer.tag) for path in paths)
@@ -471,19 +468,20 @@ def optimizer_step(forward: torch.nn.Module, optimizer: torch.optim.AdamW, batch
 
 
 def predict(forward: torch.nn.Module, batch: Batch, config: TrainConfig, place: Place, steps: int) -> float:
-    """Seconds per step, from one timed micro-step on real data; the model and the optimizer stay as they were."""
-    for _ in range(2):  # the first compiles and warms up
+    """Seconds per step, from timed micro-steps on real data; the model and the optimizer stay as they were."""
+    times = []
+    for _ in range(3):  # the first compiles and warms up, the better of the others counts
         start = time.perf_counter()
         micro_step(forward, batch, 0, place, batch.n_valid, sync=False)
         synchronize(place.device)
-        seconds = time.perf_counter() - start
+        times.append(time.perf_counter() - start)
     forward.zero_grad(set_to_none=True)
     micro_tokens = config.batch_size * config.block_size * place.world
     n_evals = 1 + (steps // config.eval_every if config.eval_every else 0)
-    evals = n_evals * math.ceil(config.eval_tokens / micro_tokens) * seconds / 3  # no backward pass
-    seconds *= config.batch_tokens // micro_tokens
-    log.info(f"about {duration(steps * seconds + evals)} for {steps} steps")
-    return seconds
+    evals = n_evals * math.ceil(config.eval_tokens / micro_tokens) / 3  # in micro-steps: no backward pass
+    n_micro = config.batch_tokens // micro_tokens
+    log.info(f"about {duration((steps * n_micro + evals) * min(times[1:]))} for {steps} steps")
+    return n_micro * min(times[1:])
 
 
 def note_signals(world: int) -> list[int]:
@@ -577,11 +575,14 @@ def setup(args: list[str], memory: MemoryHandler) -> tuple:
     config = replace(config, batch_tokens=batch_tokens)
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--wandb needs a package that is not installed: pip install wandb")
-    data = open_data(config, place)
-    tokenizer = data[2]
+    tokenizer = load_tokenizer(config.tokenizer)
     vocab_size = math.ceil(tokenizer.vocab_size / config.vocab_multiple) * config.vocab_multiple
     shape = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
     wanted = GPTConfig(**shape, vocab_size=vocab_size)
+    if place.world > 1:  # gloo carries small numbers between CPUs: agreeing on them never waits for a GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if place.device.type == "cuda" else "gloo")
+        total(place, 0)  # nobody may leave with an error before all have connected
+    data = open_data(config, place, tokenizer)
     run, checkpoint = from_rank0(place, find_run, config, stem)
     start, tensors, changed = 0, None, []
     if checkpoint is None:
@@ -631,10 +632,10 @@ def main(args: list[str] | None = None):
             dist.destroy_process_group()
         sys.exit(f"error{f' on rank {rank}' if rank else ''}: {e}")
     code, words = train(*state)
-    if state[-1] is not None:
-        state[-1].finish()
     log.info(words)
     memory.close()
+    if state[-1] is not None:  # wandb's run
+        state[-1].finish()
     if dist.is_initialized():
         total(state[1], 0)  # gloo's threads may abort a process that leaves while others still talk to it
         dist.destroy_process_group()

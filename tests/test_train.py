@@ -1,0 +1,498 @@
+"""
+The trainer: exact resume, ranks and micro-steps that share a batch, checkpoints that survive kill -9 and signals, the
+command line, and users' mistakes. Tiny models; most tests call train.main in this process, a few start real ones.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from data.loader import train_batch
+from data.tokenizer import load_tokenizer
+from data.tokens import TokenFile, TokenWriter
+from model import GPT, GPTConfig
+
+ROOT = Path(train.__file__).resolve().parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "NANOLONG_KERNELS": "reference", "TRITON_INTERPRET": "0"}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _handlers():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A byte-level set of short documents, something to learn in them."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for split, n in (("train", 60), ("validation", 12)):
+        with TokenWriter(folder / f"{split}.byte.tokens", vocab_size=257, tokenizer="byte") as writer:
+            for length in rng.integers(5, 100, n):
+                writer.add_document([*np.repeat(rng.integers(97, 123, length), 2), 256])
+    return folder
+
+
+@pytest.fixture
+def tiny(data, tmp_path):
+    """Options of a run of 8 steps that takes a blink; later options win."""
+    return ["--data", str(data), "--out", str(tmp_path), "--n-layer=2", "--n-head=2", "--n-embd=32", "--block-size=32",
+            "--batch-size=4", "--batch-tokens=256", "--max-steps=8", "--warmup-steps=2", "--log-every=1",
+            "--eval-every=3", "--eval-tokens=300", "--save-every=0", "--device=cpu", "--no-compile"]
+
+
+def records(run, *keys):
+    """{step: values of `keys`} of a run's metrics.jsonl; each step is there once, in order."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(set(steps))
+    keys = keys or ("loss", "grad_norm", "lr", "tokens", "val_loss", "val_bits_per_byte")
+    return {line["step"]: tuple(line.get(key) for key in keys) for line in lines}
+
+
+def fails(*args) -> str:
+    """The one line with which a run refuses."""
+    with pytest.raises(SystemExit) as exit:
+        train.main([*map(str, args)])
+    message = exit.value.code
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message, message
+    return message
+
+
+def place(rank=0, world=1):
+    return train.Place(rank, world, CPU, torch.float32, [])
+
+
+# resume
+
+
+@pytest.fixture
+def whole(tiny, tmp_path):
+    """An uninterrupted run with a checkpoint after every second step."""
+    train.main([*tiny, "--name=whole", "--save-every=2", "--keep=9"])
+    return tmp_path / "whole"
+
+
+def test_resume_from_every_checkpoint_is_bit_identical(tiny, tmp_path, whole):
+    for step in (2, 4, 6):
+        train.main([*tiny, f"--name=from{step}", f"--resume={whole}/step_{step:07d}"])
+        resumed = records(tmp_path / f"from{step}")
+        assert resumed == {s: r for s, r in records(whole).items() if s > step} and len(resumed) == 8 - step
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            ours, theirs = (load_file(run / "step_0000008" / name) for run in (tmp_path / f"from{step}", whole))
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_run_goes_on(tiny, tmp_path, whole, monkeypatch, capsys, number, code):
+    step, steps = train.optimizer_step, []
+
+    def interrupted(*args):
+        steps.append(1)
+        if len(steps) == 5:
+            os.kill(os.getpid(), number)
+        return step(*args)
+
+    monkeypatch.setattr(train, "optimizer_step", interrupted)
+    with pytest.raises(SystemExit) as exit:
+        train.main([*tiny, "--name=cut"])
+    monkeypatch.undo()
+    cut = tmp_path / "cut"
+    assert exit.value.code == code and len(steps) == 5
+    assert f"stopped by {number.name} after step 5/8" in capsys.readouterr().out
+    assert [p.name for p in train.checkpoints(cut)] == ["step_0000005"]
+    with open(cut / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(dict(step=6, loss=0.0)) + '\n{"step": 7, "lo')  # as if it had been killed two steps later
+    train.main([*tiny, "--resume=auto"])  # no name: the latest run
+    assert records(cut) == records(whole)
+    log = (cut / "log.txt").read_text()
+    assert log.count("step 5/8 ") == log.count("step 6/8 ") == 1 and "after step 5" in log
+
+
+def test_kill_9_while_a_checkpoint_is_written(tiny, tmp_path, whole):
+    script = """
+import os, signal, sys, train
+save = train.save_file
+def killed(tensors, path):
+    if "0000004" in str(path):
+        path.write_bytes(b"half a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(tensors, path)
+train.save_file = killed
+train.main(sys.argv[1:])
+"""
+    args = [*tiny, "--name=killed", "--save-every=2"]
+    done = subprocess.run([sys.executable, "-c", script, *args], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    run = tmp_path / "killed"
+    assert sorted(p.name for p in run.glob("*step_*")) == [".tmp_step_0000004", "step_0000002"]
+    assert (run / ".tmp_step_0000004" / "model.safetensors").is_file()
+    assert max(records(run)) == 4
+    train.main([*args, "--resume=auto"])
+    assert records(run) == records(whole)
+    assert sorted(p.name for p in run.glob("*step_*")) == ["step_0000006", "step_0000008"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tiny, tmp_path, whole, capsys):
+    (tmp_path / "young").mkdir()
+    (tmp_path / "young" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    train.main([*tiny, "--name=young", "--resume=auto"])
+    assert records(tmp_path / "young") == records(whole)
+    assert "no checkpoint yet, after step 0" in capsys.readouterr().out
+
+
+def test_keep_and_the_files_of_a_run(tiny, tmp_path, capsys):
+    train.main([*tiny, "--name=kept", "--save-every=2", "--keep=3"])
+    run = tmp_path / "kept"
+    assert [p.name for p in train.checkpoints(run)] == ["step_0000004", "step_0000006", "step_0000008"]
+    assert not list(run.glob(".tmp*"))
+    config = json.loads((run / "config.json").read_text())
+    assert config["batch_tokens"] == 256 and config["n_embd"] == 32
+    assert (run / "log.txt").read_text() == capsys.readouterr().out
+    saved = json.loads((run / "step_0000008" / "train.json").read_text())
+    assert saved["step"] == 8 and saved["tokens"] == 8 * 256 and saved["config"] == config
+    assert saved["versions"]["torch"] == torch.__version__
+    assert (saved["loss"], saved["val_loss"], saved["val_bits_per_byte"]) == records(
+        run, "loss", "val_loss", "val_bits_per_byte")[8]
+    assert json.loads((run / "step_0000008" / "config.json").read_text())["tokenizer"] == "byte"
+    assert GPT.from_pretrained(str(run / "step_0000008")).config.vocab_size == 320  # 257 rounded up
+
+
+def test_what_may_change_on_resume(tiny, tmp_path, whole, capsys):
+    start = f"--resume={whole}/step_0000004"
+    train.main([*tiny, "--name=free", start, "--keep=1", "--save-every=1", "--log-every=4", "--eval-every=0",
+                "--batch-size=8", "--activation-checkpointing"])
+    for ours, theirs in zip(records(tmp_path / "free", "loss")[8], records(whole, "loss")[8]):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+    assert "differs by" not in capsys.readouterr().out
+    train.main([*tiny, "--name=other", start, "--lr=0.1", "--max-steps=9"])
+    assert "differs by max_steps 8 -> 9, lr 0.002 -> 0.1" in capsys.readouterr().out
+    assert records(tmp_path / "other", "loss")[5] == records(whole, "loss")[5]
+    assert records(tmp_path / "other", "loss")[6] != records(whole, "loss")[6]
+
+
+# one batch, however it is shared
+
+
+def test_micro_steps_do_not_change_the_curve(tiny, tmp_path):
+    for name, size in (("one", 8), ("two", 4), ("eight", 1)):
+        train.main([*tiny, f"--name={name}", "--mask-documents", f"--batch-size={size}"])
+    one = records(tmp_path / "one", "loss", "grad_norm", "val_loss")
+    for name in ("two", "eight"):
+        for step, values in records(tmp_path / name, "loss", "grad_norm", "val_loss").items():
+            assert [v for v in values if v] == pytest.approx([v for v in one[step] if v], rel=1e-6)
+
+
+def torchrun(*args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+
+
+def test_two_ranks(tiny, tmp_path):
+    args = [*tiny, "--mask-documents", "--eval-tokens=450", "--batch-size=2"]
+    done = torchrun("train.py", *args, "--name=two")
+    assert done.returncode == 0, done.stderr
+    assert "2 rank(s) x 2 micro-step(s) x 2 sequences" in done.stdout
+    assert done.stdout.count("step 1/8 ") == 1  # rank 0 alone prints
+    train.main([*args, "--name=one"])
+    keys = ("loss", "grad_norm", "lr", "val_loss", "val_bits_per_byte", "val_tokens")
+    one, two = (records(tmp_path / name, *keys) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for step in one:
+        assert [v for v in two[step] if v] == pytest.approx([v for v in one[step] if v], rel=1e-6), step
+
+
+def test_two_ranks_agree_to_stop_and_each_names_a_mistake(tiny, tmp_path):
+    """A signal that only rank 1 gets, in the middle of step 3, and a mistake before that."""
+    script = tmp_path / "two.py"
+    script.write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+rank = int(os.environ["RANK"])
+step, steps = train.optimizer_step, []
+def interrupted(*args):
+    steps.append(1)
+    if rank == 1 and len(steps) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(*args)
+train.optimizer_step = interrupted
+for size in (3, 2):
+    try:
+        train.main([*sys.argv[1:], f"--batch-size={{size}}"])
+    except SystemExit as e:
+        print(f"rank {{rank}} exits: {{e.code}}", flush=True)
+""")
+    done = torchrun(script, *tiny, "--name=cut")
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in train.checkpoints(tmp_path / "cut")] == ["step_0000003"]
+    for rank, where in ((0, "error: "), (1, "error on rank 1: ")):
+        assert f"rank {rank} exits: 143" in done.stdout
+        assert f"rank {rank} exits: {where}batch_tokens 256 is not a multiple of batch_size x block_size x ranks = " \
+               "3 x 32 x 2 = 192: the nearest is --batch-tokens 192 or 384" in done.stdout
+
+
+def test_a_mistake_that_only_rank_0_sees_ends_all_ranks(tiny, tmp_path):
+    (tmp_path / "taken").mkdir()
+    done = torchrun("train.py", *tiny, "--batch-size=2", "--name=taken")
+    assert done.returncode == 1
+    ours = [line for line in done.stderr.splitlines() if "taken exists" in line]
+    assert {line.split(": ")[0] for line in ours} <= {"error", "error on rank 1"} and ours
+    assert "[rank" not in done.stderr  # where torch puts the ranks' tracebacks
+
+
+def test_first_step_is_the_mean_gradient_over_the_valid_targets(tiny, tmp_path, data):
+    """Against the model called directly on the global batch, documents and all."""
+    train.main([*tiny, "--name=direct", "--mask-documents", "--max-steps=1", "--grad-clip=0"])
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=320, block_size=32))
+    batch = train_batch(TokenFile(data / "train.byte.tokens"), 32, 1, 0, 0, 1, 8, with_docs=True)
+    assert batch.n_valid < 256
+    _, nll = model(batch.x[0], batch.y[0], docs=batch.docs[0], reduction="none")
+    loss = nll.sum() / batch.n_valid
+    loss.backward()
+    norm = math.sqrt(sum(p.grad.double().square().sum() for p in model.parameters()))
+    assert records(tmp_path / "direct", "loss", "grad_norm")[1] == pytest.approx((loss.item(), norm), rel=1e-6)
+
+
+def test_the_prediction_touches_nothing(tiny, tmp_path, whole, monkeypatch):
+    monkeypatch.setattr(train, "predict", lambda *args: 0.0)
+    train.main([*tiny, "--name=unpredicted"])
+    assert records(tmp_path / "unpredicted") == records(whole)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_evaluation_is_a_sum_over_ranks(data, monkeypatch, mask):
+    """Each rank's sums, for 1 to 7 ranks (more than there are batches), against the windows one by one."""
+    torch.manual_seed(0)
+    model, tokenizer = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=320)), load_tokenizer("byte")
+    file = TokenFile(data / "validation.byte.tokens")
+    config = train.TrainConfig(block_size=32, batch_size=3, eval_tokens=430, mask_documents=mask)
+    stream, nll, counted, nbytes = torch.from_numpy(file.tokens[:431].astype(np.int64)), 0.0, 0, 0
+    number = torch.from_numpy(np.searchsorted(file.doc_offsets, np.arange(431), side="right"))
+    for start in range(0, 430, 32):
+        end = min(start + 32, 430)
+        kept = (number[start + 1:end + 1] == number[start:end]) if mask else torch.ones(end - start, dtype=torch.bool)
+        docs = number[None, start:end] if mask else None
+        with torch.no_grad():
+            logits, _ = model(stream[None, start:end], docs=docs)
+        losses = torch.nn.functional.cross_entropy(logits[0].double(), stream[start + 1:end + 1], reduction="none")
+        nll, counted = nll + losses[kept].sum().item(), counted + int(kept.sum())
+        nbytes += int((stream[start + 1:end + 1][kept] != tokenizer.eot).sum())
+    total = train.total
+    for world in (1, 2, 3, 7):
+        sums = np.zeros(3)
+        for rank in range(world):
+            monkeypatch.setattr(train, "total", lambda place, *values: [float(v) for v in values])
+            one = train.evaluate(model, file, tokenizer.token_nbytes, config, place(rank, world)) if rank < 5 else None
+            monkeypatch.setattr(train, "total", total)
+            if one is not None:
+                nll_bits = one["val_loss"] * one["val_tokens"] / math.log(2)
+                sums += [nll_bits * math.log(2), one["val_tokens"], nll_bits / one["val_bits_per_byte"]]
+        assert sums == pytest.approx([nll, counted, nbytes], rel=1e-6)
+
+
+# schedule and optimizer
+
+
+def test_schedules():
+    cosine = train.TrainConfig(max_steps=100, warmup_steps=10, final_lr=0.2)
+    factors = [train.lr_factor(cosine, step) for step in range(101)]
+    assert factors[:10] == pytest.approx([(s + 1) / 10 for s in range(10)]) and factors[10] == 1
+    assert factors[55] == pytest.approx(0.6) and factors[100] == pytest.approx(0.2)
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:]))
+    wsd = train.TrainConfig(max_steps=100, warmup_steps=10, final_lr=0.0, schedule="wsd", wsd_decay=0.25)
+    factors = [train.lr_factor(wsd, step) for step in range(101)]
+    assert set(factors[9:76]) == {1.0}
+    assert factors[75:] == pytest.approx([(100 - s) / 25 for s in range(75, 101)])
+    assert train.lr_factor(train.TrainConfig(warmup_steps=0), 0) == 1
+
+
+def test_each_group_keeps_its_multiple_of_the_learning_rate(tiny, monkeypatch):
+    groups = GPT.param_groups
+
+    def with_gates(self, weight_decay, lr):
+        first, *rest = groups(self, weight_decay, lr)
+        return [dict(first, lr=30 * lr), *rest]
+
+    monkeypatch.setattr(GPT, "param_groups", with_gates)
+    seen = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step",
+                        lambda self, *args: (seen.append([g["lr"] for g in self.param_groups]), step(self, *args))[1])
+    train.main([*tiny, "--max-steps=4", "--lr=1e-4"])
+    factors = [train.lr_factor(train.TrainConfig(max_steps=4, warmup_steps=2), s) for s in range(4)]
+    assert [lr for first, *rest in seen for lr in (first, *rest)] == pytest.approx(
+        [1e-4 * f * multiple for f in factors for multiple in (30, 1)])
+
+
+def test_learns(tiny, tmp_path):
+    """Every letter comes twice: half of the text is certain, the other half costs log2(26) bits."""
+    train.main([*tiny, "--name=learns", "--max-steps=150", "--lr=1e-2", "--eval-every=0", "--log-every=50"])
+    assert records(tmp_path / "learns", "val_bits_per_byte")[150][0] < 3.2
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny, tmp_path):
+    message = fails(*tiny, "--name=wild", "--lr=1e30", "--grad-clip=0", "--max-steps=50")
+    assert "the loss is nan at step" in message or "the loss is inf at step" in message
+    assert not train.checkpoints(tmp_path / "wild")
+
+
+# command line and configuration files
+
+
+@pytest.mark.parametrize("args, expected", [
+    (["--batch-size", "32"], dict(batch_size=32)), (["--batch_size=32"], dict(batch_size=32)),
+    (["--lr", "1"], dict(lr=1.0)), (["--lr=1"], dict(lr=1.0)), (["--schedule=wsd"], dict(schedule="wsd")),
+    (["--no-compile"], dict(compile=False)), (["--compile"], dict(compile=True)),
+    (["--resume=auto"], dict(resume="auto")), (["--n-kv-head", "2"], dict(n_kv_head=2)),
+])
+def test_command_line_forms(args, expected):
+    config, stem = train.parse(args)
+    assert stem == "train" and asdict(config) == {**asdict(train.TrainConfig()), **expected}
+    assert all(type(getattr(config, key)) is type(value) for key, value in expected.items())
+
+
+def test_help_and_typos(capsys):
+    for args, code, words in ((["--help"], 0, "peak learning rate"), (["--bach-size", "3"], 2, "--batch-size"),
+                              (["--lr", "fast"], 2, "could not convert"), (["--schedule=line"], 2, "cosine")):
+        with pytest.raises(SystemExit) as exit:
+            train.main(args)
+        out, err = capsys.readouterr()
+        assert exit.value.code == code and words in (err if code else out)
+
+
+def test_config_file_gives_defaults_that_options_change(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from train import TrainConfig\nconfig = TrainConfig(n_layer=7, lr=1)\n")
+    config, stem = train.parse([str(path), "--n-embd=64"])
+    assert (config.n_layer, config.n_embd, config.lr, stem) == (7, 64, 1, "mine")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
+def test_recipes_load_and_make_a_model(path):
+    config = train.load_config(path) if "TrainConfig" in path.read_text() else pytest.skip("another script's recipe")
+    train.resolve_batch(config, 1)
+    GPTConfig(**{f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)})
+
+
+def test_bad_config_files(tmp_path):
+    assert "no such config file: config/none.py; there are: " in fails("config/none.py")
+    for text, words in (("from train import TrainConfig\nconfig = TrainConfig(n_layr=4)\n", "n_layr"),
+                        ("x = 1\n", "config = "), ("config = {}\n", "TrainConfig"), ("def\n", "SyntaxError")):
+        (tmp_path / "bad.py").write_text(text)
+        assert words in fails(tmp_path / "bad.py")
+
+
+# users' mistakes
+
+
+def test_a_mistake_is_one_line_and_no_traceback(tiny, tmp_path):
+    """As a user meets it: a process of its own, a config file, python train.py."""
+    (tmp_path / "mine.py").write_text("from train import TrainConfig\nconfig = TrainConfig(n_embd=30)\n")
+    args = [a for a in tiny if not a.startswith("--n-embd")]
+    done = subprocess.run([sys.executable, "train.py", tmp_path / "mine.py", *args, "--n-head=4"], cwd=ROOT, env=ENV,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and "n_embd 30" in done.stderr and "n_head 4" in done.stderr
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--n-embd=30", "--n-head=4"], ["n_embd 30", "n_head 4"]),
+    (["--n-kv-head=3", "--n-head=4"], ["n_head 4", "n_kv_head 3"]),
+    (["--batch-tokens=200"], ["200", "4 x 32 x 1 = 128", "--batch-tokens 128 or 256"]),
+    (["--batch-tokens=100"], ["100", "128", "--batch-tokens 128"]),
+    (["--batch-tokens=-5"], ["-5", "--batch-tokens 128"]),
+    (["--block-size=100000", "--batch-tokens=400000"], ["100001", "tokens"]),
+    (["--tokenizer=gpt2"], ["train.gpt2.tokens", "prepare.py", "--tokenizer gpt2"]),
+    (["--tokenizer=gtp2"], ["gtp2", "gpt2"]),
+    (["--data=nowhere"], ["nowhere/train.byte.tokens", "prepare.py"]),
+    (["--seed=-1"], ["seed is -1", "0"]), (["--max-steps=0"], ["max_steps is 0", "1"]), (["--lr=nan"], ["lr is nan"]),
+    (["--keep=0"], ["keep is 0", "1"]), (["--name=a/b"], ["a/b"]), (["--attention=ful"], ["ful", "full"]),
+    (["--name=gone", "--resume=auto"], ["no such run", "gone"]), (["--resume=auto"], ["no such run"]),
+    (["--resume=nowhere/step_0000001"], ["nowhere/step_0000001", "model.safetensors"]),
+])
+def test_mistakes(tiny, tmp_path, args, words):
+    message = fails(*tiny, *args)
+    assert all(word in message for word in words), message
+    assert not list(tmp_path.iterdir())  # and no run was begun
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_cuda_asked_for_but_absent(tiny):
+    message = fails(*tiny, "--device=cuda")
+    assert "--device cuda" in message and "--device cpu" in message
+
+
+def test_damaged_token_file(tiny, tmp_path, data):
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    for split in ("train", "validation"):
+        (bad / f"{split}.byte.tokens").write_bytes((data / f"{split}.byte.tokens").read_bytes()[:-5])
+    message = fails(*tiny, f"--data={bad}")
+    assert "cut short" in message and "train.byte.tokens" in message
+
+
+def test_a_run_is_not_overwritten(tiny, whole):
+    assert "--resume=auto" in fails(*tiny, "--name=whole")
+    message = fails(*tiny, f"--resume={whole}/step_0000004")
+    assert "has gone on from step_0000004" in message and "--name" in message
+    message = fails(*tiny, "--name=whole", "--resume=auto")
+    assert "step 8" in message and "--max-steps is 8" in message
+    message = fails(*tiny, "--name=wole", "--resume=auto")
+    assert "no such run" in message and "whole" in message
+
+
+def test_another_model_or_tokenizer_is_refused_on_resume(tiny, whole):
+    more = ["--name=other", f"--resume={whole}/step_0000004"]
+    message = fails(*tiny, *more, "--n-layer=3", "--mlp=gelu")
+    assert "n_layer 2 there, 3 here" in message and "mlp swiglu there, gelu here" in message and "n_embd" not in message
+    assert "vocab_size 320 there, 384 here" in fails(*tiny, *more, "--vocab-multiple=128")
+    path = whole / "step_0000004" / "config.json"
+    path.write_text(path.read_text().replace('"byte"', '"gpt2"'))
+    assert "tokenizer gpt2 there, byte here" in fails(*tiny, *more)
+
+
+@pytest.mark.parametrize("name", train.CHECKPOINT_FILES)
+def test_a_checkpoint_cut_short_is_one_line(tiny, whole, name):
+    path = whole / "step_0000008" / name
+    raw = path.read_bytes()
+    for size in (0, len(raw) // 2, len(raw) - 3):
+        path.write_bytes(raw[:size])
+        message = fails(*tiny, "--name=whole", "--resume=auto", "--max-steps=9")
+        assert "step_0000008" in message and "damaged" in message and "step_0000006" in message
+
+
+# wandb
+
+
+def test_wandb_offline(tiny, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train.main([*tiny, "--name=logged", "--wandb", "--max-steps=2"])
+    logged = list((tmp_path / "logged" / "wandb").glob("offline-run-*/*.wandb"))
+    deadline = time.monotonic() + 30  # another process writes it
+    while b"grad_norm" not in logged[0].read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert b"grad_norm" in logged[0].read_bytes() and len(logged) == 1
+
+
+def test_wandb_absent(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "pip install" in fails(*tiny, "--wandb")
