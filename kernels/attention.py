@@ -416,7 +416,20 @@ def _merge_bwd_kernel(DOUT, DLSE, OUT_A, LSE_A, OUT_B, LSE_B, OUT, LSE, DOUT_A, 
 # launchers
 
 # (architecture, bytes per element, BLOCK_D) -> kernel -> (BLOCK_M, BLOCK_N, num_warps, num_stages)
-TILES = {}
+TILES = {
+    (80, 2, 64): dict(fwd=(128, 64, 8, 3), dq=(128, 64, 8, 3), dkdv=(64, 64, 4, 3), dkdv_docs=(64, 128, 8, 2)),
+    (80, 2, 128): dict(fwd=(64, 64, 4, 2), dq=(64, 64, 8, 2), dkdv=(64, 64, 8, 3), dkdv_docs=(64, 64, 8, 3)),
+    (80, 2, 256): dict(fwd=(64, 64, 8, 2), dq=(64, 32, 8, 2), dkdv=(16, 64, 8, 3), dkdv_docs=(16, 64, 8, 3)),
+    (89, 2, 64): dict(fwd=(128, 64, 8, 3), dq=(128, 64, 8, 3), dkdv=(64, 64, 4, 3), dkdv_docs=(64, 128, 8, 2)),
+    (89, 2, 128): dict(fwd=(128, 64, 8, 3), dq=(64, 64, 8, 2), dkdv=(64, 64, 8, 2), dkdv_docs=(64, 64, 8, 2)),
+    (89, 2, 256): dict(fwd=(64, 32, 8, 2), dq=(64, 32, 8, 1), dkdv=(32, 32, 8, 2), dkdv_docs=(16, 64, 8, 3)),
+    (90, 2, 64): dict(fwd=(128, 64, 8, 3), dq=(128, 64, 8, 3), dkdv=(64, 128, 8, 2), dkdv_docs=(64, 128, 8, 2)),
+    (90, 2, 128): dict(fwd=(128, 64, 8, 3), dq=(128, 64, 8, 2), dkdv=(64, 64, 8, 3), dkdv_docs=(32, 128, 8, 3)),
+    (90, 2, 256): dict(fwd=(64, 64, 8, 2), dq=(64, 32, 8, 2), dkdv=(32, 32, 8, 2), dkdv_docs=(32, 32, 8, 2)),
+    (100, 2, 64): dict(fwd=(64, 64, 4, 3), dq=(64, 64, 4, 2), dkdv=(64, 128, 8, 2), dkdv_docs=(64, 128, 8, 2)),
+    (100, 2, 128): dict(fwd=(128, 64, 8, 3), dq=(128, 64, 8, 3), dkdv=(64, 128, 8, 2), dkdv_docs=(64, 128, 8, 2)),
+    (100, 2, 256): dict(fwd=(64, 64, 8, 2), dq=(64, 32, 8, 2), dkdv=(32, 64, 8, 2), dkdv_docs=(32, 64, 8, 2)),
+}
 
 
 def _tiles(q):

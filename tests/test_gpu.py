@@ -1,0 +1,170 @@
+"""
+The compiled kernels on a CUDA GPU: every tile-table entry of that GPU against float64, and what only a GPU shows. pytest runs this file in
+a process of its own, because the other tests interpret the kernels; by hand: TRITON_INTERPRET=0 python -m pytest tests/test_gpu.py
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close_2x
+from test_attention import dense, run, same_maths
+from test_model import tiny
+
+from kernels import attention, backend, linear_cross_entropy, merge_attention, rms_norm, rope, rope_frequencies, swiglu
+
+HERE = torch.cuda.is_available() and not backend.INTERPRET
+on_gpu = pytest.mark.skipif(not HERE, reason="needs CUDA and TRITON_INTERPRET=0")
+DEVICE, T = "cuda", 1024
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or HERE, reason="needs CUDA")
+def test_this_file_without_the_interpreter():
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", __file__], env={**os.environ, "TRITON_INTERPRET": "0"})
+    assert done.returncode == 0
+
+
+@pytest.fixture(autouse=True)
+def _device(monkeypatch):
+    if not HERE:
+        return
+    torch.set_float32_matmul_precision("highest")
+    monkeypatch.delenv("NANOLONG_KERNELS", raising=False)
+    with torch.device(DEVICE):
+        yield
+
+
+ATTENTION_CASES = {
+    "causal": dict(Tq=T, Tk=T, H=2, G=2),
+    "gqa, odd lengths, offset": dict(Tq=T - 31, Tk=T + 77, H=4, G=1, q_start=108),
+    "full": dict(Tq=T - 1, Tk=T // 2 + 3, H=2, G=1, causal=False),
+    "documents": dict(Tq=T + 5, Tk=T + 5, H=2, G=2, docs=True),
+    "rows that see nothing": dict(Tq=T, Tk=T, H=2, G=2, q_start=-130),
+}
+
+
+@on_gpu
+@pytest.mark.parametrize("case", ATTENTION_CASES)
+@pytest.mark.parametrize("D", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x)[6:])
+def test_attention(dtype, D, case):
+    options = dict(ATTENTION_CASES[case])
+    Tq, Tk, H, G = (options.pop(name) for name in ("Tq", "Tk", "H", "G"))
+    if options.pop("docs", False):
+        options["q_docs"] = options["k_docs"] = (torch.arange(Tq) // 300).expand(2, Tq)
+    q, k, v = (torch.randn(2, t, h, D).to(dtype) for t, h in ((Tq, H), (Tk, G), (Tk, G)))
+    douts = [x.to(dtype).double() for x in (torch.randn(q.shape), torch.randn(2, H, Tq))]
+    actual = run(attention, (q, k, v), douts, return_lse=True, **options)
+    oracle = run(dense, (q.double(), k.double(), v.double()), douts, **options)
+    plain = same_maths(q, k, v, douts, **options)
+    for name, value in actual.items():
+        assert_close_2x(value, oracle[name], plain[name].to(value.dtype), name)
+    again = run(attention, (q, k, v), douts, return_lse=True, **options)
+    assert all(torch.equal(actual[name], again[name]) for name in actual), "two runs differ"
+
+
+@on_gpu
+def test_attention_tf32():
+    """float32 with TF32 allowed: errors of TF32's size, not of a wrong tile."""
+    torch.set_float32_matmul_precision("high")
+    q, k, v = (torch.randn(1, T, 2, 64) for _ in range(3))
+    out, oracle = attention(q, k, v), dense(q.double(), k.double(), v.double())[0]
+    assert 1e-7 < (out - oracle).norm() / oracle.norm() < 2e-3
+
+
+@on_gpu
+def test_attention_past_2_31_elements():
+    """Keys whose last rows lie more than 2^31 elements from the first."""
+    B, S, D = 2, 2**14, 64
+    k = torch.empty(B, 2**31 // S // D + 64, S, D, dtype=torch.bfloat16)[:, ::S // 16, :2]  # few rows, far apart
+    k.normal_()
+    q = torch.randn(B, 70, 2, D).bfloat16()
+    assert k.stride(0) > 2**31 and torch.equal(attention(q, k, k, causal=False), attention(q, k.contiguous(), k.contiguous(), causal=False))
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x)[6:])
+def test_elementwise_kernels(dtype):
+    """norm, swiglu and rope: outputs and every gradient, odd sizes."""
+    inv_freq = rope_frequencies(64)[0]
+    positions = torch.randint(0, 10**7, (3, 130))
+    angle = positions.double()[..., None, None] * inv_freq
+
+    def rotate(x):
+        c, s = (y.to(x.dtype) for y in (angle.cos(), angle.sin()))
+        a, b = x[..., :32], x[..., 32:64]
+        return torch.cat([a * c - b * s, b * c + a * s, x[..., 64:]], -1)
+
+    for ours, plain, shapes in (
+            (lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), [(3, 130, 1000), (1000,)]),
+            (swiglu, lambda g, u: F.silu(g) * u, [(3, 130, 1000)] * 2),
+            (lambda x: rope(x, positions, inv_freq), rotate, [(3, 130, 5, 80)])):
+        inputs = [torch.randn(s).to(dtype).requires_grad_() for s in shapes]
+        doubles = [x.detach().double().requires_grad_() for x in inputs]
+        results = []
+        for f, args in ((ours, inputs), (plain, doubles), (plain, inputs)):
+            y = f(*args)
+            torch.manual_seed(1)
+            results.append([y, *torch.autograd.grad(y, args, torch.randn(y.shape).to(y.dtype))])
+        for i, (a, o, p) in enumerate(zip(*results)):
+            assert_close_2x(a, o, p, f"{plain} {i}")
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_loss(reduction, dtype):
+    x, w = torch.randn(1000, 128).to(dtype).requires_grad_(), (torch.randn(50257, 128) / 8).to(dtype).requires_grad_()
+    targets = torch.randint(0, 50257, (1000,))
+    targets[::7] = -100
+    dloss = torch.randn(()) if reduction == "mean" else torch.randn(1000)
+
+    def results(f, x, w):
+        loss = f(x, w)
+        return [loss, *torch.autograd.grad(loss, (x, w), dloss.to(loss.dtype))]
+
+    plain = lambda x, w: F.cross_entropy(F.linear(x, w).to(torch.promote_types(x.dtype, torch.float32)), targets, reduction=reduction)  # noqa: E731
+    actual = results(lambda x, w: linear_cross_entropy(x, w, targets, reduction=reduction), x, w)
+    oracle = results(plain, *(t.detach().double().requires_grad_() for t in (x, w)))
+    for name, a, o, p in zip(("loss", "dx", "dw"), actual, oracle, results(plain, x, w)):
+        assert_close_2x(a, o, p, name)
+
+
+@on_gpu
+def test_merge():
+    q, k, v = (torch.randn(2, T, 2, 64).bfloat16() for _ in range(3))
+    half = T // 2
+    parts = [attention(q, k[:, s], v[:, s], k_start=s.start, out_dtype=torch.float32, return_lse=True)
+             for s in (slice(half, T), slice(0, half))]
+    out, lse = merge_attention(*parts[0], *parts[1])
+    whole, whole_lse = attention(q, k, v, out_dtype=torch.float32, return_lse=True)
+    torch.testing.assert_close(out, whole, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(lse, whole_lse, rtol=1e-4, atol=1e-4)
+
+
+@on_gpu
+def test_model():
+    """bfloat16 training through torch.compile(fullgraph=True): the loss and gradients of the float32 references; streaming agrees."""
+    model = tiny(head_dim=64, block_size=256).cuda()
+    idx, targets = torch.randint(0, 61, (2, 2, 200))
+
+    def loss_and_grads(f):
+        loss = f(idx, targets)[1]
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    os.environ["NANOLONG_KERNELS"] = "reference"
+    expected = loss_and_grads(model)
+    del os.environ["NANOLONG_KERNELS"]
+    model.compute_dtype = torch.bfloat16
+    compiled = torch.compile(model, fullgraph=True)
+    for f in (model, compiled):
+        for a, b in zip(loss_and_grads(f), expected):
+            assert (a - b).norm() < 0.03 * b.norm() + 1e-4
+    with torch.no_grad():
+        whole, state = model(idx)[0].float(), model.new_state(2)
+        parts = torch.cat([model(part, state=state)[0] for part in idx.split([100, 1, 99], 1)], 1).float()
+    assert (parts - whole).norm() < 0.02 * whole.norm()
