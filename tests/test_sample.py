@@ -22,7 +22,7 @@ SCRIPT = Path(sample.__file__).resolve()
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A random byte-level model; its vocabulary of 320 has 63 ids of padding, drawn every fifth time if nothing forbids it."""
+    """A random byte-level model; 63 of its 320 ids are padding, drawn every fifth time if nothing forbids it."""
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("sample") / "step_0000010"
     GPT(GPTConfig(**TINY, vocab_size=320)).save_pretrained(str(folder), {"tokenizer": "byte"})
