@@ -211,19 +211,6 @@ def synchronize(device: torch.device):
         getattr(torch, device.type).synchronize()
 
 
-# dense bfloat16 FLOP/s from the makers' data sheets; the first key found in the device's name counts
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
-              "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
-
-
-def peak_flops(place: Place) -> float | None:
-    """What mfu is measured against, per rank; None where it is unknown."""
-    if place.device.type != "cuda" or place.dtype != torch.bfloat16:
-        return None
-    name = torch.cuda.get_device_name(place.device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
-
-
 def open_data(config: TrainConfig, place: Place, tokenizer: Tokenizer) -> tuple[TokenFile, TokenFile, Tokenizer]:
     """The training and validation sets and their tokenizer; the sample set is prepared on first use."""
     paths = [Path(config.data) / f"{split}.{tokenizer.tag}.tokens" for split in ("train", "validation")]
@@ -417,29 +404,32 @@ def count(n: float) -> str:
     return next((f"{n / unit:.3g}{letter}" for unit, letter in units if n >= unit), f"{n:.0f}")
 
 
-def describe(record: dict, config: TrainConfig, eta: float) -> str:
-    """A record of metrics.jsonl as one line."""
-    parts = [f"step {record['step']}/{config.max_steps}", f"loss {record['loss']:.3f}"]
-    if "val_loss" in record:
-        parts.append(f"val {record['val_loss']:.3f} ({record['val_bits_per_byte']:.3f} bits/byte)")
-    parts += [f"lr {record['lr']:.1e}".replace("e-0", "e-"), f"gnorm {record['grad_norm']:.2f}"]
-    if "ms" in record:
-        parts += [f"{record['ms']:.0f} ms", f"{count(record['tokens_per_second'])} tok/s"]
-    if "mfu" in record:
-        parts.append(f"mfu {100 * record['mfu']:.0f}%")
-    if "memory_gib" in record:
-        parts.append(f"{record['memory_gib']:.1f} GiB")
-    return " | ".join([*parts, f"eta {duration(eta)}"])
+# dense bfloat16 FLOP/s from the makers' data sheets; the first key found in the device's name counts
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
+              "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 def speed(seconds: float, model: GPT, config: TrainConfig, place: Place) -> dict:
-    """A step of `seconds` as ms, tokens/s and, where the peak is known, mfu; on CUDA the largest memory so far."""
+    """A step of `seconds` as ms, tokens/s and, in bfloat16 with a known peak, mfu; on CUDA the most memory so far."""
     record = dict(ms=1e3 * seconds, tokens_per_second=config.batch_tokens / seconds)
-    if peak := peak_flops(place):
-        record["mfu"] = record["tokens_per_second"] * model.flops_per_token(config.block_size) / (peak * place.world)
     if place.device.type == "cuda":
+        name, flops = torch.cuda.get_device_name(place.device), model.flops_per_token(config.block_size)
+        peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+        if peak is not None and place.dtype == torch.bfloat16:
+            record["mfu"] = record["tokens_per_second"] * flops / (peak * place.world)
         record["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return record
+
+
+def describe(record: dict, config: TrainConfig, eta: float) -> str:
+    """A record of metrics.jsonl as one line."""
+    columns = dict(loss="loss {:.3f}", val_loss="val {:.3f}", val_bits_per_byte="{:.3f} bits/byte", lr="lr {:.1e}",
+                   grad_norm="gnorm {:.2f}", ms="{:.0f} ms", tokens_per_second="{} tok/s", mfu="mfu {:.0%}",
+                   memory_gib="{:.1f} GiB")
+    shown = {**record, "tokens_per_second": count(record["tokens_per_second"])} if "ms" in record else record
+    parts = [text.format(shown[key]) for key, text in columns.items() if key in shown]
+    line = " | ".join([f"step {record['step']}/{config.max_steps}", *parts, f"eta {duration(eta)}"])
+    return line.replace("e-0", "e-")  # 6.0e-4
 
 
 def micro_step(forward: torch.nn.Module, batch: Batch, m: int, place: Place, n_valid: float, sync: bool):

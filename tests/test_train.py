@@ -496,3 +496,25 @@ def test_wandb_offline(tiny, tmp_path, monkeypatch):
 def test_wandb_absent(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert "pip install" in fails(*tiny, "--wandb")
+
+
+# what people read
+
+
+def test_the_line_of_a_step(monkeypatch):
+    """The columns that only CUDA has, from made-up measurements."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7.2 * 2**30)
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=320))
+    monkeypatch.setattr(model, "flops_per_token", lambda T: 0.38 * 989e12 * 2 / 795e3)
+    config = train.TrainConfig(batch_tokens=32595, max_steps=2000)
+    gpu = train.Place(0, 2, torch.device("cuda", 0), torch.bfloat16, [])
+    record = dict(step=120, loss=3.4118, val_loss=3.5, val_bits_per_byte=1.2, lr=6e-4, grad_norm=0.81)
+    record |= train.speed(0.041, model, config, gpu)
+    assert train.describe(record, config, 78) == (
+        "step 120/2000 | loss 3.412 | val 3.500 | 1.200 bits/byte | lr 6.0e-4 | gnorm 0.81 | 41 ms | 795k tok/s | mfu 38% | "
+        "7.2 GiB | eta 1.3m")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An unknown GPU")
+    assert "mfu" not in train.speed(0.041, model, config, gpu)
+    assert [train.count(n) for n in (812, 79500, 1.24e6)] == ["812", "79.5k", "1.24M"]
+    assert [train.duration(s) for s in (45, 144, 11160)] == ["45s", "2.4m", "3.1h"]
