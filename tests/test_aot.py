@@ -20,7 +20,7 @@ from kernels.attention import TILES
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "NANOLONG_KERNELS")} | dict(OMP_NUM_THREADS="1")
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "NANOLONG_KERNELS")}
 ARCHS = [80, 90, 100, pytest.param(89, marks=pytest.mark.slow), pytest.param("gfx", marks=pytest.mark.slow)]
 COMPILE = """
 import dataclasses, json, sys
@@ -54,8 +54,11 @@ def rows(arch):
     return [json.loads(line[4:]) for line in _compilation(arch).result().splitlines() if line.startswith("ROW ")]
 
 
-def _bad(rows, condition):
-    return [f"{row['name']} {row['label']} {row['constexprs']}: {row}" for row in rows if not condition(row)]
+def _all(rows, condition):
+    shown = ("registers", "spill", "shared", "wgmma", "mma", "cp_async", "occupancy", "has_f64")
+    bad = [f"{row['name']} {row['label']}: {', '.join(f'{key} {row[key]}' for key in shown)}"
+           for row in rows if not condition(row)]
+    assert not bad, "\n".join(bad)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -73,23 +76,23 @@ class TestEveryKernel:
         assert {row["kernel"] for row in rows} == {"attention", "rope", "rms_norm", "swiglu", "linear_cross_entropy"}
 
     def test_nothing_spills(self, rows):
-        assert not _bad(rows, lambda row: row["spill"] == 0)
+        _all(rows, lambda row: row["spill"] == 0)
 
     def test_no_float64(self, rows):
-        assert not _bad(rows, lambda row: not row["has_f64"])
+        _all(rows, lambda row: not row["has_f64"])
 
     def test_fits(self, rows, arch):
-        assert not _bad(rows, lambda row: row["shared"] <= aot.GPUS[arch].shared and row["occupancy"] >= 1)
+        _all(rows, lambda row: row["shared"] <= aot.GPUS[arch].shared and row["occupancy"] >= 1)
         if arch != "gfx":
-            assert not _bad(rows, lambda row: row["registers"] * 32 * row["num_warps"] <= 65536)
+            _all(rows, lambda row: row["registers"] * 32 * row["num_warps"] <= 65536)
 
     def test_attention_uses_the_matrix_and_copy_units(self, rows, arch):
         half = [row for row in rows if row["kernel"] == "attention" and "bfloat16" in row["label"]]
-        assert not _bad(half, lambda row: row["wgmma" if arch in (90, 100) else "mma"] > 0)
-        if arch == 90:
-            assert not _bad(half, lambda row: row["mma"] == 0)  # no product fell back to the old instruction
+        _all(half, lambda row: row["wgmma"] + row["mma"] > 0)
+        if arch in (90, 100):  # no product falls back to the old instruction; the small tiles that D 256 needs may
+            _all(half, lambda row: row["mma"] == 0 or " D256 " in row["label"])
         if arch != "gfx":
-            assert not _bad(half, lambda row: row["cp_async"] > 0)
+            _all(half, lambda row: row["cp_async"] > 0)
 
 
 PROBE = '''

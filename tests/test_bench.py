@@ -16,8 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def _bench(*args):
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "NANOLONG_KERNELS")}
-    return subprocess.run([sys.executable, "-m", "kernels.bench", *args], cwd=ROOT, env=environment | dict(CUDA_VISIBLE_DEVICES=""),
-                          capture_output=True, text=True)
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "kernels.bench", *args]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_the_command_checks_and_prints_the_table():
@@ -80,8 +81,9 @@ def test_results_are_kept_by_kernel(monkeypatch, tmp_path):
     results = json.loads(path.read_text())
     assert results["gpu"] == "NVIDIA H200 (SXM)"
     assert results["kernels"]["swiglu"]["rows"] == [dict(kernel="swiglu", ms=2.0)]
-    assert results["kernels"]["rope"]["rows"] == [dict(kernel="rope", ms=3.0)]
-    assert results["kernels"]["rope"]["ceilings"] == {"GB/s": 5.0} and results["kernels"]["rope"]["versions"]["torch"] == torch.__version__
+    entry = results["kernels"]["rope"]
+    assert entry["rows"] == [dict(kernel="rope", ms=3.0)] and entry["ceilings"] == {"GB/s": 5.0}
+    assert entry["versions"]["torch"] == torch.__version__
 
 
 def test_rows_hold_rates_peers_and_reasons(capsys):
@@ -103,7 +105,8 @@ def test_rows_hold_rates_peers_and_reasons(capsys):
         assert "differs from ours by 1.0e+00" in row["peers"]["disagrees"]["reason"]
     bench.print_measured(rows)
     out = capsys.readouterr().out
-    assert out.count("fails n/a, disagrees n/a") == 2 and "n/a  fails, rms_norm N64 C128: RuntimeError: not on this machine" in out
+    assert out.count("fails n/a, disagrees n/a") == 2
+    assert "n/a  fails, rms_norm N64 C128: RuntimeError: not on this machine" in out
 
 
 def test_the_plain_model_is_the_same_model():
