@@ -4,15 +4,16 @@ Cross entropy of a linear layer's output, the logits never whole in memory.
     l_n = W x_n,   lse_n = log sum_v exp l_nv,   nll_n = lse_n - l_n,target       x (N, C), W (V, C), targets (N,)
     dl_nv = g_n (exp(l_nv - lse_n) - [v = target]),   dx_n = dl_n W,   dW = sum_n dl_n x_n^T
 
-Rows go in chunks. Per chunk: logits by one matrix product; one kernel that reads a row once for its lse (online), again to write dl
-over it; two products for dx and dW. For "mean" and "sum" that all happens in the forward pass, with g = 1: the backward pass only
-multiplies by its scalar, and no logits are computed twice. For "none", g differs per token, so lse is kept and the backward
-pass computes the logits again, chunk by chunk, and folds g in before the sum over tokens.
+Rows go in chunks. Per chunk: logits by one matrix product; one kernel that reads a row once for its lse (online), again
+to write dl over it; two products for dx and dW. For "mean" and "sum" that all happens in the forward pass, with g = 1:
+the backward pass only multiplies by its scalar, and no logits are computed twice. For "none", g differs per token, so
+lse is kept and the backward pass computes the logits again, chunk by chunk, and folds g in before the sum over tokens.
 
-Memory beyond inputs, outputs and gradients: one chunk, 1/14 of the float32 logits (at least 2^19 logits, 2^21 on a GPU, so that a tiny
-vocabulary goes in few chunks), and for x in float16 or bfloat16 also W in x's dtype and one product of W's size. dW is summed in
-float32. From the forward pass of "mean" and "sum" to the end of the backward pass dx and dW exist, and twice while it runs.
-Bytes the kernel moves, e per logit: 2 N V e forward, 3 N V e with gradients, beside the matrix products' own.
+Memory beyond inputs, outputs and gradients: one chunk, 1/14 of the float32 logits (at least 2^19 logits, 2^21 on a GPU,
+so that a tiny vocabulary goes in few chunks), and for x in float16 or bfloat16 also W in x's dtype and one product of
+W's size. dW is summed in float32. From the forward pass of "mean" and "sum" to the end of the backward pass dx and dW
+exist, and twice while it runs. Bytes the kernel moves, e per logit: 2 N V e forward, 3 N V e with gradients, beside the
+matrix products' own.
 """
 
 import torch
@@ -23,8 +24,8 @@ from kernels.backend import tl, triton, use_triton
 
 def _chunk_ref(x, w, targets, ignore_index, lse, grad, write):
     """
-    One chunk in plain torch, everything in place: x (n, C), w (V, C), targets (n,) -> nll (n,), lse (n,), dl (n, V) in x's dtype if
-    `write`. Given lse and grad (n,), dl is that of the backward pass; otherwise they are computed, and 1.
+    One chunk in plain torch, everything in place: x (n, C), w (V, C), targets (n,) -> nll (n,), lse (n,), dl (n, V) in
+    x's dtype if `write`. Given lse and grad (n,), dl is that of the backward pass; otherwise they are computed, and 1.
     """
     logits = (x @ w.T).to(torch.promote_types(x.dtype, torch.float32))
     valid = targets != ignore_index
@@ -79,23 +80,23 @@ def _cross_entropy_kernel(LOGITS, TARGETS, LSE, NLL, GRAD, V: tl.constexpr, STRI
 
 
 def _chunk_triton(x, w, targets, ignore_index, lse, grad, write):
-    """The same as _chunk_ref, with the kernel. Rows of logits are padded to a multiple of 16 elements: aligned whatever V is."""
+    """As _chunk_ref, with the kernel. Rows of logits are padded to a multiple of 16 elements: aligned whatever V is."""
     (n, V), acc, backward = (x.shape[0], w.shape[0]), torch.promote_types(x.dtype, torch.float32), grad is not None
     stride = triton.cdiv(V, 16) * 16
     logits = torch.empty(n, stride, dtype=x.dtype, device=x.device)[:, :V]
     torch.mm(x, w.T, out=logits)
     nll = torch.empty(n, dtype=acc, device=x.device)
     lse = lse if backward else torch.empty(n, dtype=acc, device=x.device)
-    _cross_entropy_kernel[(n,)](logits, targets, lse, nll, grad if backward else nll, V=V, STRIDE=stride, IGNORE=ignore_index,
-                                BACKWARD=backward, WRITE=write, ACC=getattr(tl, str(acc)[6:]),
+    _cross_entropy_kernel[(n,)](logits, targets, lse, nll, grad if backward else nll, V=V, STRIDE=stride,
+                                IGNORE=ignore_index, BACKWARD=backward, WRITE=write, ACC=getattr(tl, str(acc)[6:]),
                                 BLOCK_V=min(4096, triton.next_power_of_2(V)), num_warps=8)
     return nll, lse, logits
 
 
 def _chunked(chunk, bytes_per_logit, x, weight, targets, lse, grad, ignore_index, want_dx, want_dw):
     """
-    All rows, by `chunk`, one of the two above, which holds bytes_per_logit at its peak -> nll (N,), lse (N,), dx (N, C) in x's
-    dtype, dw (V, C) in float32 (float64 for float64); the last two empty unless wanted.
+    All rows, by `chunk`, one of the two above, which holds bytes_per_logit at its peak -> nll (N,), lse (N,), dx (N, C)
+    in x's dtype, dw (V, C) in float32 (float64 for float64); the last two empty unless wanted.
     """
     (N, C), V, acc = x.shape, weight.shape[0], torch.promote_types(x.dtype, torch.float32)
     w = weight.to(x.dtype)
@@ -136,9 +137,11 @@ def _linear_cross_entropy_bwd(grad, x, weight, targets, lse, ignore_index, want_
     return _chunked(_chunk_triton, x.itemsize, x, weight, targets, lse, grad, ignore_index, want_dx, want_dw)[2:]
 
 
-torch.library.define("nanolong::linear_cross_entropy_fwd", "(Tensor x, Tensor weight, Tensor targets, int ignore_index, "
-                     "bool want_dx, bool want_dw) -> (Tensor, Tensor, Tensor, Tensor)")
-torch.library.define("nanolong::linear_cross_entropy_bwd", "(Tensor grad, Tensor x, Tensor weight, Tensor targets, Tensor lse, "
+torch.library.define("nanolong::linear_cross_entropy_fwd",
+                     "(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool want_dx, bool want_dw) "
+                     "-> (Tensor, Tensor, Tensor, Tensor)")
+torch.library.define("nanolong::linear_cross_entropy_bwd",
+                     "(Tensor grad, Tensor x, Tensor weight, Tensor targets, Tensor lse, "
                      "int ignore_index, bool want_dx, bool want_dw) -> (Tensor, Tensor)")
 torch.library.impl("nanolong::linear_cross_entropy_fwd", ("cpu", "cuda"), _linear_cross_entropy_fwd)
 torch.library.impl("nanolong::linear_cross_entropy_bwd", ("cpu", "cuda"), _linear_cross_entropy_bwd)
@@ -187,29 +190,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _apply(x, weight, targets, ignore_index, reduction, triton):
     want_dx, want_dw = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
-    loss = _LinearCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), int(ignore_index), reduction, triton,
-                                     want_dx, want_dw)
+    loss = _LinearCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), int(ignore_index),
+                                     reduction, triton, want_dx, want_dw)
     return loss.view(targets.shape) if reduction == "none" else loss
 
 
 def linear_cross_entropy_ref(x, weight, targets, ignore_index=-100, reduction="mean"):
-    """The meaning of `linear_cross_entropy`, in plain torch, in chunks too: F.cross_entropy(F.linear(x, weight), targets)."""
+    """The meaning of `linear_cross_entropy`, in plain torch, chunked: F.cross_entropy(F.linear(x, weight), targets)."""
     return _apply(x, weight, targets, ignore_index, reduction, False)
 
 
 def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, reduction="mean"):
     """
-    x (..., C) any float dtype, weight (V, C), targets (...) int64 in [0, V) or ignore_index -> the cross entropy of x @ weight.T, float32
-    (float64 for float64 x): reduction "mean" over the targets that are not ignored (NaN, with zero gradients, if all are, as in torch),
-    "sum", or "none": like targets, 0 where ignored. The products run in x's dtype; weight's gradient is summed in float32. Differentiable
-    once, in x and weight. The (N, V) logits are never whole in memory.
-    ValueError for shapes that do not fit, an unknown reduction, and, on the CPU, a target outside the vocabulary; on a GPU and under
-    torch.compile, where looking would cost a synchronisation, such a target makes the loss NaN (or torch's own error).
+    x (..., C) any float dtype, weight (V, C), targets (...) int64 in [0, V) or ignore_index -> the cross entropy of x @
+    weight.T, float32 (float64 for float64 x): reduction "mean" over the targets that are not ignored (NaN, with zero
+    gradients, if all are, as in torch), "sum", or "none": like targets, 0 where ignored. The products run in x's dtype;
+    weight's gradient is summed in float32. Differentiable once, in x and weight. The (N, V) logits are never whole in
+    memory.
+    ValueError for shapes that do not fit, an unknown reduction, and, on the CPU, a target outside the vocabulary; on a
+    GPU and under torch.compile, where looking would cost a synchronisation, such a target makes the loss NaN (or
+    torch's own error).
     """
     V = weight.shape[0]
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or x.shape[:-1] != targets.shape:
-        raise ValueError(f"linear_cross_entropy: x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}: "
-                         "they must be (..., C), (V, C) and (...)")
+        raise ValueError(f"linear_cross_entropy: x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}, targets "
+                         f"{tuple(targets.shape)}: they must be (..., C), (V, C) and (...)")
     if targets.dtype != torch.int64:
         raise ValueError(f"linear_cross_entropy: targets are {targets.dtype}, they must be int64")
     if reduction not in ("none", "sum", "mean"):
@@ -217,6 +222,6 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, reduction="me
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         outside = targets[(targets != ignore_index) & ((targets < 0) | (targets >= V))]
         if outside.numel():
-            raise ValueError(f"linear_cross_entropy: target {outside[0].item()} is outside the vocabulary of {V} tokens "
-                             f"(ignore_index is {ignore_index})")
+            raise ValueError(f"linear_cross_entropy: target {outside[0].item()} is outside the vocabulary of {V} "
+                             f"tokens (ignore_index is {ignore_index})")
     return _apply(x, weight, targets, ignore_index, reduction, use_triton(x))

@@ -1,13 +1,14 @@
 """
 Rotary position embedding (Su et al., arXiv 2104.09864): frequencies, and the rotation, exact at any position.
 
-    (y_i, y_(i+R)) = f (x_i cos a_i - x_(i+R) sin a_i,  x_(i+R) cos a_i + x_i sin a_i),   a_i = position * theta_i,   i < R = d/2
-    y_j = x_j for j >= d: partial rotary leaves the tail of the head dim alone                 x, y (B, T, H, D), d <= D
+    (y_i, y_(i+R)) = f (x_i cos a_i - x_(i+R) sin a_i,  x_(i+R) cos a_i + x_i sin a_i)        x, y (B, T, H, D)
+    a_i = position * theta_i,  i < R = d/2;  y_j = x_j for j >= d: partial rotary leaves the tail of the head dim alone
 
-The angle never exists as a large float. theta_i is kept as F_i = theta_i / 2 pi * 2^64, turns in 64-bit fixed point, and position * F_i
-wraps in int64 exactly where the angle wraps: what is left is the fraction of a turn in [-1/2, 1/2), its high 32 bits enough for
-float32. A float32 product would be 5 % wrong at position 10^7 (theta = 1). The backward pass is the rotation by -a, with no activation
-kept. Bytes moved, e per element: 2 B T H D e each way; cos and sin are made once per token and serve all its heads.
+The angle never exists as a large float. theta_i is kept as F_i = theta_i / 2 pi * 2^64, turns in 64-bit fixed point,
+and position * F_i wraps in int64 exactly where the angle wraps: what is left is the fraction of a turn in [-1/2, 1/2),
+its high 32 bits enough for float32. A float32 product would be 5 % wrong at position 10^7 (theta = 1). The backward
+pass is the rotation by -a, with no activation kept. Bytes moved, e per element: 2 B T H D e each way; cos and sin are
+made once per token and serve all its heads.
 """
 
 import math
@@ -20,8 +21,9 @@ from kernels.backend import tl, triton, use_triton
 
 def rope_frequencies(dim, base=10000.0):
     """
-    The frequencies of `dim` rotated dims: theta_i = base^(-2 i / dim), i = 0 .. dim/2 - 1, as a float64 tensor (dim/2,), and the
-    factor on the rotated dims, 1.0. ValueError for an odd or non-positive dim, or a non-positive base. arXiv 2104.09864.
+    The frequencies of `dim` rotated dims: theta_i = base^(-2 i / dim), i = 0 .. dim/2 - 1, as a float64 tensor
+    (dim/2,), and the factor on the rotated dims, 1.0. ValueError for an odd or non-positive dim, or a non-positive
+    base. arXiv 2104.09864.
     """
     if dim <= 0 or dim % 2:
         raise ValueError(f"rope_frequencies: dim={dim}, it must be even and positive: dims rotate in pairs")
@@ -32,8 +34,9 @@ def rope_frequencies(dim, base=10000.0):
 
 def rope_turns(inv_freq):
     """
-    inv_freq (R,) float64, radians per position -> (R,) int64: round(inv_freq / 2 pi * 2^64), turns per position in 64-bit fixed point,
-    wrapped into int64 (whole turns drop out). An int64 buffer of a module does not follow `.to(torch.bfloat16)`. int64 is returned as it is.
+    inv_freq (R,) float64, radians per position -> (R,) int64: round(inv_freq / 2 pi * 2^64), turns per position in
+    64-bit fixed point, wrapped into int64 (whole turns drop out). An int64 buffer of a module does not follow
+    `.to(torch.bfloat16)`. int64 is returned as it is.
     """
     if inv_freq.dtype == torch.int64:
         return inv_freq
@@ -46,7 +49,10 @@ def rope_ref(x, positions, inv_freq, attention_factor=1.0):
     """The meaning of `rope`, in plain torch. For float64 x the angle uses all 64 bits of the phase."""
     acc, turns, R = torch.promote_types(x.dtype, torch.float32), rope_turns(inv_freq), inv_freq.shape[0]
     phase = positions.to(torch.int64)[..., None] * turns  # (T, R) or (B, T, R); wraps
-    angle = phase.double() * (2 * math.pi / 2**64) if acc == torch.float64 else (phase >> 32).float() * (2 * math.pi / 2**32)
+    if acc == torch.float64:
+        angle = phase.double() * (2 * math.pi / 2**64)
+    else:
+        angle = (phase >> 32).float() * (2 * math.pi / 2**32)
     cos, sin = angle.cos() * attention_factor, angle.sin() * attention_factor
     cos = torch.cat((cos, cos), -1)[..., None, :]   # (T, 1, d) or (B, T, 1, d)
     sin = torch.cat((-sin, sin), -1)[..., None, :]
@@ -57,8 +63,11 @@ def rope_ref(x, positions, inv_freq, attention_factor=1.0):
 
 @triton.jit
 def cos_sin(phase, ACC: tl.constexpr):
-    """phase int64, 2^64 to the turn -> its cosine and sine in ACC. float32: the quadrant comes off exactly, as an integer, then Cephes'
-    polynomials on [-pi/4, pi/4], right to 1e-7. (tl.sin is slower and spills; the GPU's fast sine is only right to 7e-7.)"""
+    """
+    phase int64, 2^64 to the turn -> its cosine and sine in ACC. float32: the quadrant comes off exactly, as an integer,
+    then Cephes' polynomials on [-pi/4, pi/4], right to 1e-7. (tl.sin needs local memory; the fast sine is right to 7e-7
+    only.)
+    """
     if ACC == tl.float64:
         angle = phase.to(tl.float64) * 3.4061215800304556e-19  # 2 pi / 2^64
         cos, sin = tl.cos(angle), tl.sin(angle)
@@ -77,7 +86,8 @@ def cos_sin(phase, ACC: tl.constexpr):
 @triton.jit(do_not_specialize=["N", "T"])
 def _rope_kernel(X, POS, TURNS, Y, N, T, stride_xb, stride_xt, stride_xh, stride_pb, stride_pt,
                  H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, FACTOR: tl.constexpr, INVERSE: tl.constexpr,
-                 ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_TAIL: tl.constexpr):
+                 ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+                 BLOCK_TAIL: tl.constexpr):
     # tiles are (tokens, heads, dims); N = B T tokens
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     dims, tail = tl.arange(0, BLOCK_R)[None, None, :], 2 * R + tl.arange(0, BLOCK_TAIL)[None, None, :]
@@ -110,13 +120,14 @@ def _rope(x, positions, turns, attention_factor, inverse):
     if x.numel():
         _rope_kernel[(triton.cdiv(B * T, block_n),)](
             x, positions, turns.contiguous(), y, B * T, T, x.stride(0), x.stride(1), x.stride(2),
-            positions.stride(0) if positions.dim() == 2 else 0, positions.stride(-1), H=H, D=D, R=R, FACTOR=attention_factor,
-            INVERSE=inverse, ACC=getattr(tl, str(acc)[6:]), BLOCK_N=block_n, BLOCK_H=block_h, BLOCK_R=block_r,
-            BLOCK_TAIL=triton.next_power_of_2(max(1, D - 2 * R)), num_warps=4)
+            positions.stride(0) if positions.dim() == 2 else 0, positions.stride(-1), H=H, D=D, R=R,
+            FACTOR=attention_factor, INVERSE=inverse, ACC=getattr(tl, str(acc)[6:]), BLOCK_N=block_n, BLOCK_H=block_h,
+            BLOCK_R=block_r, BLOCK_TAIL=triton.next_power_of_2(max(1, D - 2 * R)), num_warps=4)
     return y
 
 
-torch.library.define("nanolong::rope", "(Tensor x, Tensor positions, Tensor turns, float attention_factor, bool inverse) -> Tensor")
+torch.library.define("nanolong::rope",
+                     "(Tensor x, Tensor positions, Tensor turns, float attention_factor, bool inverse) -> Tensor")
 torch.library.impl("nanolong::rope", ("cpu", "cuda"), _rope)
 
 
@@ -143,19 +154,21 @@ def rope(x, positions, inv_freq, *, attention_factor=1.0):
     Rotate x by its positions.
 
     x: (B, T, H, D), any float dtype and strides. positions: (T,) or (B, T), int32 or int64, of any size and sign.
-    inv_freq: (R,) with 2 R <= D, float64 radians per position (rope_frequencies) or the same as int64 turns (rope_turns), which saves the
-    conversion. The first 2 R dims rotate, in pairs (i, i + R), and are multiplied by attention_factor; the others are copied.
-    -> like x, contiguous. Differentiable once, in x. ValueError for shapes or dtypes that do not fit. Su et al., arXiv 2104.09864.
+    inv_freq: (R,) with 2 R <= D, float64 radians per position (rope_frequencies) or the same as int64 turns
+    (rope_turns), which saves the conversion. The first 2 R dims rotate, in pairs (i, i + R), and are multiplied by
+    attention_factor; the others are copied. -> like x, contiguous. Differentiable once, in x. ValueError for shapes or
+    dtypes that do not fit. Su et al., arXiv 2104.09864.
     """
     if x.dim() != 4 or positions.shape not in (x.shape[1:2], x.shape[:2]):
-        raise ValueError(f"rope: x has shape {tuple(x.shape)} and positions {tuple(positions.shape)}: x must be (B, T, H, D) and "
-                         "positions (T,) or (B, T)")
+        raise ValueError(f"rope: x has shape {tuple(x.shape)} and positions {tuple(positions.shape)}: x must be "
+                         "(B, T, H, D) and positions (T,) or (B, T)")
     if positions.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"rope: positions are {positions.dtype}, they must be int32 or int64: floats lose exactness past 2^24")
+        raise ValueError(f"rope: positions are {positions.dtype}, they must be int32 or int64 (exact)")
     if inv_freq.dtype not in (torch.float64, torch.int64):
-        raise ValueError(f"rope: inv_freq is {inv_freq.dtype}, it must be float64, or the int64 of rope_turns(inv_freq)")
+        raise ValueError(f"rope: inv_freq is {inv_freq.dtype}, it must be float64, or int64 from rope_turns")
     if inv_freq.dim() != 1 or not 0 < 2 * inv_freq.shape[0] <= x.shape[-1]:
-        raise ValueError(f"rope: inv_freq has shape {tuple(inv_freq.shape)} for head dim {x.shape[-1]}: it must be (R,) with 2 R <= D")
+        raise ValueError(f"rope: inv_freq has shape {tuple(inv_freq.shape)} for head dim {x.shape[-1]}: "
+                         "it must be (R,) with 2 R <= D")
     if not use_triton(x):
         return rope_ref(x, positions, inv_freq, attention_factor)
     return _Rope.apply(x, positions, rope_turns(inv_freq), float(attention_factor))

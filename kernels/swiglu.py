@@ -4,8 +4,8 @@ SwiGLU's gating (Shazeer, arXiv 2002.05202), forward and backward.
     y = silu(g) * u,   silu(g) = g s,   s = sigmoid(g)                g, u, y (N, F)
     du = dy g s,       dg = dy u s (1 + g (1 - s))
 
-The arithmetic is float32 (float64 for float64 inputs) whatever the storage; the backward pass recomputes s, so nothing but g and u
-is kept. Bytes moved, e per element: forward 3 N F e, backward 5 N F e.
+The arithmetic is float32 (float64 for float64 inputs) whatever the storage; the backward pass recomputes s, so nothing
+but g and u is kept. Bytes moved, e per element: forward 3 N F e, backward 5 N F e.
 """
 
 import torch

@@ -1,8 +1,9 @@
 """
-Settings every test shares. The environment is set here because pytest imports this file before any test imports `kernels`:
-TRITON_INTERPRET=1 is read when a kernel is defined, so the Triton kernels of a test session run in the interpreter, on CPU
-tensors, without a GPU. By default the plain torch references run; a test that wants the kernels takes the fixture `triton_kernels`.
-The tests on a GPU (test_gpu.py) need the compiled kernels: they run in a process of their own with TRITON_INTERPRET=0.
+Settings every test shares. The environment is set here because pytest imports this file before any test imports
+`kernels`: TRITON_INTERPRET=1 is read when a kernel is defined, so the Triton kernels of a test session run in the
+interpreter, on CPU tensors, without a GPU. By default the plain torch references run; a test that wants the kernels
+takes the fixture `triton_kernels`. The tests on a GPU (test_gpu.py) need the compiled kernels: they run in a process of
+their own with TRITON_INTERPRET=0.
 """
 
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 os.environ.setdefault("TRITON_INTERPRET", "1")
 if os.environ["TRITON_INTERPRET"] == "1":
     os.environ["NANOLONG_KERNELS"] = "reference"
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `pytest` alone finds the modules, as `python -m pytest` does
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `pytest` finds what `python -m pytest` does
 
 import pytest
 import torch

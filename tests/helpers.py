@@ -25,16 +25,17 @@ def relative_error(actual, oracle):
 
 def assert_close_2x(actual, oracle64, same_dtype_torch, name):
     """
-    actual: what a kernel gave; oracle64: the same in float64; same_dtype_torch: the same maths in plain torch in actual's
-    dtype (naive, unfused). Passes when
+    actual: what a kernel gave; oracle64: the same in float64; same_dtype_torch: the same maths in plain torch in
+    actual's dtype (naive, unfused). Passes when
 
         error(actual) <= 2 * error(same_dtype_torch) + floor,    error(y) = ||y - oracle64|| / ||oracle64||  (Frobenius)
 
-    with floor = eps of actual's dtype: a value rounded once to that dtype is off by at most eps / 2. For float64 the floor is 1e-12,
-    the accuracy of the oracle itself. Entries where the oracle is infinite or NaN must be equal and are left out of the norms.
+    with floor = eps of actual's dtype: a value rounded once to that dtype is off by at most eps / 2. For float64 the
+    floor is 1e-12, the accuracy of the oracle itself. Entries where the oracle is infinite or NaN must be equal and are
+    left out of the norms.
     """
     assert actual.shape == oracle64.shape == same_dtype_torch.shape, \
-        f"{name}: shapes differ: {tuple(actual.shape)}, oracle {tuple(oracle64.shape)}, torch {tuple(same_dtype_torch.shape)}"
+        f"{name}: {tuple(actual.shape)}, the oracle is {tuple(oracle64.shape)}, torch {tuple(same_dtype_torch.shape)}"
     assert oracle64.dtype == torch.float64, f"{name}: the oracle is {oracle64.dtype}, not float64"
     assert actual.dtype == same_dtype_torch.dtype, f"{name}: {actual.dtype}, plain torch gives {same_dtype_torch.dtype}"
     finite = oracle64.detach().isfinite()
@@ -55,9 +56,9 @@ def _sentinel(dtype):
 
 class guarded:
     """
-    A copy of `tensor`, same shape, dtype and strides, in the middle of a buffer filled with NaN (a large number for integers):
-    `.tensor`. What lies around it and, for a non-contiguous layout, between its elements is the guard: a kernel that reads there
-    gets NaN, and `check()` fails when it was written. A bool tensor cannot be guarded.
+    A copy of `tensor`, same shape, dtype and strides, in the middle of a buffer filled with NaN (a large number for
+    integers): `.tensor`. What lies around it and, for a non-contiguous layout, between its elements is the guard: a
+    kernel that reads there gets NaN, and `check()` fails when it was written. A bool tensor cannot be guarded.
     """
 
     def __init__(self, tensor, band=256):
@@ -80,8 +81,9 @@ class guarded:
 @contextlib.contextmanager
 def poisoned_empty():
     """
-    Inside it, torch.empty and torch.empty_like give tensors filled with NaN (integers: a large number) between guard bands, so
-    that an output element a kernel forgets, or one that it writes out of bounds, is seen. The bands are checked at the end.
+    Inside it, torch.empty and torch.empty_like give tensors filled with NaN (integers: a large number) between guard
+    bands, so that an output element a kernel forgets, or one that it writes out of bounds, is seen. The bands are
+    checked at the end.
     """
     bands = []
 
@@ -104,8 +106,9 @@ def poisoned_empty():
 
 class LiveBytes(TorchDispatchMode):
     """
-    Counts the bytes of the tensors that operations create inside it and that are still alive: `.now`, `.peak`. Tensors made before
-    are not counted, nor is scratch memory inside one operation (a custom operator counts as one: call its launcher instead).
+    Counts the bytes of the tensors that operations create inside it and that are still alive: `.now`, `.peak`. Tensors
+    made before are not counted, nor is scratch memory inside one operation (a custom operator counts as one: call its
+    launcher instead).
     """
 
     def __init__(self):

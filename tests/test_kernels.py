@@ -1,6 +1,6 @@
 """
-RMSNorm, SwiGLU, RoPE and the linear cross entropy: the Triton kernels, run in the interpreter, and their plain torch references,
-each against a dense formula written here, which shares no code with either.
+RMSNorm, SwiGLU, RoPE and the linear cross entropy: the Triton kernels, run in the interpreter, and their plain torch
+references, each against a dense formula written here, which shares no code with either.
 """
 
 import collections
@@ -70,7 +70,8 @@ class Case:
 
 def rope_case(name, B, T, H, D, dim, positions, factor=1.0, make=strided):
     inv_freq, _ = rope_frequencies(dim)
-    return Case(f"rope {name}", lambda: [make(B, T, H, D)], lambda x: rope(x, positions, inv_freq, attention_factor=factor),
+    return Case(f"rope {name}", lambda: [make(B, T, H, D)],
+                lambda x: rope(x, positions, inv_freq, attention_factor=factor),
                 lambda x: dense_rope(x, positions, inv_freq, factor))
 
 
@@ -86,18 +87,20 @@ def cases(small):
     torch.manual_seed(1)
     n = 3 if small else 37
     far = torch.randint(-10**7, 10**7, (2, n))
-    yield Case("rms_norm", lambda: [strided(2, n, 7), torch.randn(7).double()], lambda x, w: rms_norm(x, w, EPS), dense_rms_norm)
+    yield Case("rms_norm", lambda: [strided(2, n, 7), torch.randn(7).double()],
+               lambda x, w: rms_norm(x, w, EPS), dense_rms_norm)
     yield Case("swiglu", lambda: [*strided(2, n, 6 if small else 12).chunk(2, -1)], swiglu, dense_swiglu)
     yield rope_case("partial, factor", 2, n, 3, 7 if small else 14, 6, far, 1.25)
     for reduction in ("mean", "sum", "none"):
         yield loss_case("odd", (2, n), 3, 7 if small else 4101, reduction)
     if not small:
-        yield Case("rms_norm wide", lambda: [strided(3, 3, 4100), torch.randn(4100).double()], lambda x, w: rms_norm(x, w, EPS),
-                   dense_rms_norm, (1,))
+        yield Case("rms_norm wide", lambda: [strided(3, 3, 4100), torch.randn(4100).double()],
+                   lambda x, w: rms_norm(x, w, EPS), dense_rms_norm, (1,))
         yield Case("swiglu wide", lambda: [strided(2, 3, 1030), strided(2, 3, 1030)], swiglu, dense_swiglu)
         yield rope_case("whole head, int32", 3, 50, 5, 64, 64, torch.arange(50, dtype=torch.int32) + 10**7)
         yield rope_case("one token", 2, 1, 1, 2, 2, torch.tensor([-(10**9)]))
-        yield rope_case("transposed", 2, 9, 4, 24, 24, far[:, ::4][:, :9], make=lambda B, T, H, D: torch.randn(B, H, D, T).double().permute(0, 3, 1, 2))
+        yield rope_case("transposed", 2, 9, 4, 24, 24, far[:, ::4][:, :9],
+                        make=lambda B, T, H, D: torch.randn(B, H, D, T).double().permute(0, 3, 1, 2))
         yield loss_case("many chunks", (60,), 8, 30000, "mean", keep_float32=(1,))
 
 
@@ -150,14 +153,15 @@ def test_one_input_at_a_time_and_expanded_dout(case, path, request):
     for i in range(len(values)):
         inputs = [x.detach().requires_grad_(j == i) for j, x in enumerate(values)]
         out = case.kernel(*inputs)
-        torch.testing.assert_close(torch.autograd.grad(out.sum(), inputs[i]), torch.autograd.grad(case.dense(*inputs).sum(), inputs[i]))
+        expected = torch.autograd.grad(case.dense(*inputs).sum(), inputs[i])
+        torch.testing.assert_close(torch.autograd.grad(out.sum(), inputs[i]), expected)
     with torch.no_grad():
         assert torch.equal(case.kernel(*values), out)
 
 
 @pytest.mark.parametrize("function", ["rms_norm", "swiglu", "rope"])
 def test_offsets_past_int32(function, triton_kernels):
-    """Row 4 of stride 2^29 lies 2^31 elements in: an int32 product would read elsewhere. Only the pages touched take memory."""
+    """Row 4 of stride 2^29 lies 2^31 elements in: an int32 product reads elsewhere. Only touched pages take memory."""
     try:
         memory = torch.empty(2**31 + 64, dtype=torch.float16)
     except RuntimeError:
@@ -207,23 +211,27 @@ def test_rope_is_exact_far_out(path, request):
     error = (rope(x, positions, inv_freq).double() - expected).abs().amax((0, 2, 3)) / x.abs().amax((0, 2, 3))
     assert error[:40].max() < 1e-6 and error[140:].max() < 1e-6
     assert error.max() < 1e-6  # at 10^9 too
-    assert (rope(x.double(), positions, inv_freq) - expected).abs().max() < 1e-6  # 10^9 times float64's rounding of inv_freq / 2 pi
+    # float64 is as exact as inv_freq / 2 pi in float64 allows: 10^9 times its eps
+    assert (rope(x.double(), positions, inv_freq) - expected).abs().max() < 1e-6
     assert torch.equal(rope(x, positions, rope_turns(inv_freq)), rope(x, positions, inv_freq))
 
 
 def test_rope_scores_depend_on_distance_only():
     inv_freq, _ = rope_frequencies(32)
     q, k = torch.randn(2, 1, 40, 1, 32)
-    scores = [rope(q, torch.arange(40) + start, inv_freq)[0, :, 0] @ rope(k, torch.arange(40) + start, inv_freq)[0, :, 0].T
-              for start in (0, 123_456_789_012)]
+    scores = []
+    for start in (0, 123_456_789_012):
+        positions = torch.arange(40) + start
+        scores.append(rope(q, positions, inv_freq)[0, :, 0] @ rope(k, positions, inv_freq)[0, :, 0].T)
     assert (scores[0] - scores[1]).norm() / scores[0].norm() < 1e-6
 
 
 def test_rope_mistakes():
     inv_freq, _ = rope_frequencies(8)
     x = torch.randn(2, 3, 1, 8)
-    for positions, frequencies, message in ((torch.arange(4), inv_freq, "positions"), (torch.arange(3.0), inv_freq, "int32 or int64"),
-                                            (torch.arange(3), inv_freq.float(), "float64"), (torch.arange(3), inv_freq.repeat(2), "2 R <= D")):
+    for positions, frequencies, message in (
+            (torch.arange(4), inv_freq, "positions"), (torch.arange(3.0), inv_freq, "int32 or int64"),
+            (torch.arange(3), inv_freq.float(), "float64"), (torch.arange(3), inv_freq.repeat(2), "2 R <= D")):
         with pytest.raises(ValueError, match=message):
             rope(x, positions, frequencies)
     for dim, base in ((7, 1e4), (0, 1e4), (8, 0.0)):
@@ -236,15 +244,15 @@ def test_rope_mistakes():
 
 @pytest.mark.parametrize("path", ["reference", "triton"])
 def test_loss_memory(path, request):
-    """Beyond inputs, outputs and gradients, at most a tenth of the float32 logits is ever live, forward and backward."""
+    """Beyond inputs, outputs and gradients, at most a tenth of the float32 logits is ever live, in either pass."""
     N, C, V = 2048, 32, 16384 if path == "reference" else 16001
     logits = 4 * N * V
     assert logits >= 100e6
     x, weight, targets = torch.randn(N, C), torch.randn(V, C), torch.randint(0, V, (N,))
     if path == "triton":
         request.getfixturevalue("triton_kernels")
-        # an operator would hide what it allocates: the launcher shows it. The kernel works in place, and 33M logits would take the
-        # interpreter a minute, so nothing is launched.
+        # An operator would hide what it allocates: the launcher shows it. The kernel works in place, but takes
+        # the interpreter a minute for 33M logits, so nothing is launched.
         no_kernel = collections.defaultdict(lambda: lambda *args, **options: None)
         with LiveBytes() as live, mock.patch("kernels.loss._cross_entropy_kernel", no_kernel):
             outputs = _linear_cross_entropy_fwd(x, weight, targets, -100, True, True)
@@ -268,7 +276,8 @@ def test_loss_edge_cases(path, request):
     ignored = torch.full((3, 4), -1)
     for reduction in ("mean", "sum", "none"):  # all ignored: as torch, NaN for a mean, and no gradient
         loss = linear_cross_entropy(x, weight, ignored, ignore_index=-1, reduction=reduction)
-        expected = F.cross_entropy(F.linear(x, weight).flatten(0, 1), ignored.flatten(), ignore_index=-1, reduction=reduction)
+        expected = F.cross_entropy(F.linear(x, weight).flatten(0, 1), ignored.flatten(), ignore_index=-1,
+                                   reduction=reduction)
         torch.testing.assert_close(loss.flatten(), expected.flatten(), equal_nan=True)
         for gradient in torch.autograd.grad(loss.sum(), (x, weight)):
             assert (gradient == 0).all()
@@ -277,9 +286,9 @@ def test_loss_edge_cases(path, request):
         assert all((g == 0).all() for g in torch.autograd.grad(empty.sum(), (x, weight)))
     targets = random_targets((3, 4), 11)
     loss = linear_cross_entropy(x, weight, targets)
-    first = torch.autograd.grad(loss, (x, weight), torch.tensor(3.0), retain_graph=True)  # a second pass is not scaled twice
+    first = torch.autograd.grad(loss, (x, weight), torch.tensor(3.0), retain_graph=True)
     again = torch.autograd.grad(loss, (x, weight), torch.tensor(3.0))
-    assert all(map(torch.equal, first, again))
+    assert all(map(torch.equal, first, again))  # a second pass is not scaled twice
     expected = torch.autograd.grad(3 * dense_loss(x, weight, targets, "mean"), (x, weight))
     for a, e in zip(first, expected):
         torch.testing.assert_close(a, e)
@@ -298,12 +307,13 @@ def test_loss_tied_embeddings(path, request):
 
 
 def test_loss_large_and_infinite_logits(triton_kernels):
-    """Logits of 10^4, and of -inf for the whole first block of a row: the running maximum and its pivot keep the sum finite."""
+    """Logits of 10^4, and of -inf for the whole first block of a row: the maximum's pivot keeps the sum finite."""
     weight = torch.randn(4100, 2) * 1e4
     weight[:4096, 1] = -torch.inf
     for column in weight.split(1, 1):
         expected = F.cross_entropy(column.double().T, torch.tensor([4099]))
-        torch.testing.assert_close(linear_cross_entropy(torch.ones(1, 1), column, torch.tensor([4099])), expected.float())
+        actual = linear_cross_entropy(torch.ones(1, 1), column, torch.tensor([4099]))
+        torch.testing.assert_close(actual, expected.float())
 
 
 def test_loss_targets_outside_the_vocabulary(triton_kernels):
@@ -312,7 +322,8 @@ def test_loss_targets_outside_the_vocabulary(triton_kernels):
     with pytest.raises(ValueError, match="target 11 is outside the vocabulary of 11"):
         linear_cross_entropy(x, weight, targets)
     with poisoned_empty():  # the kernel itself, as on a GPU: never read; NaN, in that row only
-        nll, lse, dx, _ = _linear_cross_entropy_fwd(x, weight, torch.where(targets == 11, 10**15, targets), -100, True, False)
+        far = torch.where(targets == 11, 10**15, targets)
+        nll, _, dx, _ = _linear_cross_entropy_fwd(x, weight, far, -100, True, False)
     assert nll.isnan().tolist() == dx.isnan().any(1).tolist() == [False, True, True, False]
     torch.testing.assert_close(nll[0], dense_loss(x[:1], weight, targets[:1], "sum"))
     assert nll[3] == 0 and (dx[3] == 0).all()
@@ -320,8 +331,9 @@ def test_loss_targets_outside_the_vocabulary(triton_kernels):
 
 def test_mistakes():
     x, weight, targets = torch.randn(2, 3, 4), torch.randn(9, 4), torch.zeros(2, 3, dtype=torch.int64)
-    for arguments, keywords, message in (((x, weight[:, :3], targets), {}, r"\(9, 3\)"), ((x, weight, targets[0]), {}, r"targets \(3,\)"),
-                                         ((x, weight, targets.int()), {}, "int64"), ((x, weight, targets), {"reduction": "avg"}, "avg")):
+    for arguments, keywords, message in (
+            ((x, weight[:, :3], targets), {}, r"\(9, 3\)"), ((x, weight, targets[0]), {}, r"targets \(3,\)"),
+            ((x, weight, targets.int()), {}, "int64"), ((x, weight, targets), {"reduction": "avg"}, "avg")):
         with pytest.raises(ValueError, match=message):
             linear_cross_entropy(*arguments, **keywords)
     with pytest.raises(ValueError, match=r"\(2, 3, 4\).*\(9, 4\)"):
@@ -339,7 +351,8 @@ def block(x, norm, weight, targets, positions, turns):
     """Every kernel once, in one graph."""
     x = rope(rms_norm(x, norm, EPS), positions, turns)
     x = swiglu(*x.chunk(2, -1)).flatten(2)
-    return linear_cross_entropy(x, weight, targets) + linear_cross_entropy(x, weight, targets, reduction="none").square().sum()
+    each = linear_cross_entropy(x, weight, targets, reduction="none")
+    return linear_cross_entropy(x, weight, targets) + each.square().sum()
 
 
 @pytest.mark.parametrize("path, backend", [("triton", "aot_eager"), ("reference", "inductor")])
@@ -356,13 +369,17 @@ def test_compiles_whole(path, backend, request):
         loss = function(*inputs, *constants)
         results.append((loss, *torch.autograd.grad(loss, inputs)))
     for oracle, eager, fast in zip(*results):
-        assert torch.equal(eager, fast) if path == "triton" else assert_close_2x(fast, oracle, eager, "compiled") is None
+        if path == "triton":
+            assert torch.equal(eager, fast)
+        else:
+            assert_close_2x(fast, oracle, eager, "compiled")
 
 
 def test_operators(triton_kernels):
     """Schemas, fake implementations and tracing, as PyTorch checks them."""
     x, w, r, n = torch.randn(5, 8), torch.randn(8), torch.rand(5), torch.randint(0, 7, (5,))
-    x4, positions, turns, table = torch.randn(2, 5, 3, 8), torch.arange(5), rope_turns(rope_frequencies(6)[0]), torch.randn(7, 8)
+    x4, positions, turns = torch.randn(2, 5, 3, 8), torch.arange(5), rope_turns(rope_frequencies(6)[0])
+    table = torch.randn(7, 8)
     ops = torch.ops.nanolong
     for op, arguments in ((ops.rms_norm_fwd, (x, w, EPS)), (ops.rms_norm_bwd, (x, x, w, r)), (ops.swiglu_fwd, (x, x)),
                           (ops.swiglu_bwd, (x, x, x)), (ops.rope, (x4, positions, turns, 1.5, True)),
