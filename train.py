@@ -553,8 +553,8 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
     if place.rank == 0 and done and not (run / f"step_{done:07d}").exists():
         save_checkpoint(run, done, model, optimizer, config, progress)
     number = caught[0] if caught else signal.SIGTERM  # none here: another rank's
-    return 128 + number, (f"stopped by {signal.Signals(number).name} after step {done}/{config.max_steps}; go on with "
-                          f"--name={run.name} --resume=auto")
+    return 128 + number, (f"stopped by {signal.Signals(number).name} after step {done}/{config.max_steps}; to go on, "
+                          f"add --name={run.name} --resume=auto to the same command")
 
 
 def setup(args: list[str], memory: MemoryHandler) -> tuple:

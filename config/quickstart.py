@@ -17,7 +17,7 @@ config = TrainConfig(
 
     n_layer=4,
     n_head=4,
-    n_embd=128,  # 0.9M parameters; 192 learns more per byte and less per minute
+    n_embd=128,  # 0.9M parameters; 192 reads too few bytes in the same time: 2.61 bits/byte where this reaches 2.52
     block_size=256,
 
     batch_size=8,  # 2048 bytes a step: small batches make more progress per byte read

@@ -512,8 +512,8 @@ def test_the_line_of_a_step(monkeypatch):
     record = dict(step=120, loss=3.4118, val_loss=3.5, val_bits_per_byte=1.2, lr=6e-4, grad_norm=0.81)
     record |= train.speed(0.041, model, config, gpu)
     assert train.describe(record, config, 78) == (
-        "step 120/2000 | loss 3.412 | val 3.500 | 1.200 bits/byte | lr 6.0e-4 | gnorm 0.81 | 41 ms | 795k tok/s | mfu 38% | "
-        "7.2 GiB | eta 1.3m")
+        "step 120/2000 | loss 3.412 | val 3.500 | 1.200 bits/byte | lr 6.0e-4 | gnorm 0.81 | 41 ms | 795k tok/s | "
+        "mfu 38% | 7.2 GiB | eta 1.3m")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An unknown GPU")
     assert "mfu" not in train.speed(0.041, model, config, gpu)
     assert [train.count(n) for n in (812, 79500, 1.24e6)] == ["812", "79.5k", "1.24M"]
