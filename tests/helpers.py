@@ -61,10 +61,12 @@ class guarded:
     kernel that reads there gets NaN, and `check()` fails when it was written. A bool tensor cannot be guarded.
     """
 
-    def __init__(self, tensor, band=256):
+    def __init__(self, tensor, band=256, fill=None):
         shape, stride = tensor.shape, tensor.stride()
         span = 1 + sum((n - 1) * s for n, s in zip(shape, stride)) if tensor.numel() else 0
-        self.buffer = torch.full((span + 2 * band,), _sentinel(tensor.dtype), dtype=tensor.dtype, device=tensor.device)
+        fill = _sentinel(tensor.dtype) if fill is None else fill
+        self.buffer = torch.full((span + 2 * band,), fill, dtype=tensor.dtype, device=tensor.device)
+        self.fill = self.buffer[0].clone()
         self.guard = torch.ones_like(self.buffer, dtype=torch.bool)
         self.tensor = self.buffer.as_strided(shape, stride, band)
         if tensor.numel():
@@ -74,16 +76,16 @@ class guarded:
 
     def check(self):
         around = self.buffer[self.guard]
-        same = around.isnan() if around.is_floating_point() else around == _sentinel(around.dtype)
+        same = around.isnan() if self.fill.isnan() else around == self.fill
         assert same.all(), f"{(~same).sum()} elements outside a {tuple(self.tensor.shape)} tensor were written"
 
 
 @contextlib.contextmanager
 def poisoned_empty():
     """
-    Inside it, torch.empty and torch.empty_like give tensors filled with NaN (integers: a large number) between guard
-    bands, so that an output element a kernel forgets, or one that it writes out of bounds, is seen. The bands are
-    checked at the end.
+    Inside it, torch.empty and torch.empty_like give tensors filled with NaN (integers: a large number), so that an element a
+    kernel forgets is seen, between guard bands of 60000, so that one written out of bounds is seen even when it is NaN. The
+    bands are checked at the end.
     """
     bands = []
 
@@ -92,7 +94,7 @@ def poisoned_empty():
             out = real(*args, **kwargs)
             if out.dtype == torch.bool:
                 return out
-            bands.append(guarded(out.fill_(_sentinel(out.dtype))))
+            bands.append(guarded(out.fill_(_sentinel(out.dtype)), fill=60000))
             return bands[-1].tensor
 
         return empty
