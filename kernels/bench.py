@@ -114,7 +114,7 @@ def attention_cases():
         return out.float().sum() + lse.sum()
 
     def tiles(arch):  # every entry of the tile table
-        return [({2: torch.bfloat16, 4: torch.float32}[element], dict(B=1, T=256, H=2, G=2, D=block_d))
+        return [({2: torch.bfloat16, 4: torch.float32}[element], dict(B=1, T=256, H=2, G=1, D=block_d))
                 for key_arch, element, block_d in TILES if key_arch == arch]
 
     lengths = [(8, 2048), (4, 4096), (2, 8192), (1, 16384), (1, 32768)]
