@@ -6,9 +6,9 @@ The trainer, in one file: one process or torchrun, CPU, MPS or CUDA.
     torchrun --nproc-per-node 8 train.py config/pg19_124m.py
     python train.py config/quickstart.py --resume=auto   goes on from the latest checkpoint
 
-Every run writes runs/<name>/: config.json, metrics.jsonl, log.txt and step_*/ checkpoints. SIGTERM and Ctrl-C save a
-checkpoint at the end of the step and exit with 143 and 130. A user's mistake is one line on stderr and exit code 1
-(2 for a command line that cannot be read).
+Every run writes runs/<name>/: config.json, metrics.jsonl, log.txt, step_*/ checkpoints and at its end loss.png.
+SIGTERM and Ctrl-C save a checkpoint at the end of the step and exit with 143 and 130. A user's mistake is one line on
+stderr and exit code 1 (2 for a command line that cannot be read).
 
 A batch is a pure function of (seed, step, index in the global batch), and nothing else is random once the weights are
 drawn: on CPU a resumed run is bit-identical to an uninterrupted one, and the curve does not depend on how many ranks
@@ -409,6 +409,23 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 
               "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
+def draw_curve(run: Path):
+    """run/loss.png: training and validation loss against tokens, from metrics.jsonl."""
+    if importlib.util.find_spec("matplotlib") is None:
+        log.info("no loss.png: pip install matplotlib draws it")
+        return
+    from matplotlib.figure import Figure
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    axes = (figure := Figure(figsize=(7, 4), dpi=120)).subplots()
+    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(r["tokens"], r[key]) for r in records if key in r]
+        axes.plot(*zip(*points), style, label=label)
+    axes.set(xlabel="tokens", ylabel="loss, nats per token", title=run.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(run / "loss.png", bbox_inches="tight")
+
+
 def speed(seconds: float, model: GPT, config: TrainConfig, place: Place) -> dict:
     """A step of `seconds` as ms, tokens/s and, in bfloat16 with a known peak, mfu; on CUDA the most memory so far."""
     record = dict(ms=1e3 * seconds, tokens_per_second=config.batch_tokens / seconds)
@@ -547,6 +564,8 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
     if not math.isfinite(loss):
         return 1, f"the loss is {loss} at step {done}: try a smaller --lr or a longer --warmup-steps"
     if done == config.max_steps:
+        if place.rank == 0:
+            draw_curve(run)
         return 0, (f"done: {done - start} steps in {duration(time.perf_counter() - began)}, val "
                    f"{record['val_loss']:.4f} nats/token, {record['val_bits_per_byte']:.4f} bits/byte; "
                    f"next: python sample.py {run}")

@@ -163,7 +163,8 @@ def _fwd_step(b_acc, b_sum, b_max, b_q, K, V, start, rows, row_docs, K_DOCS, T_K
     b_decay = tl.exp2(b_max - b_pivot)
     b_sum = b_sum * b_decay + tl.sum(b_p, 1)
     b_v = _tile_load(V + tl.cast(start, tl.int64) * stride_vt, n, T_K - start, stride_vt, D, BLOCK_D, MASK)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision=PRECISION)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision=PRECISION,
+                   out_dtype=b_acc.dtype)
     return b_acc, b_sum, b_new
 
 
@@ -223,7 +224,7 @@ def _dq_step(b_dq, b_q, b_dout, b_lse, b_delta, K, V, start, rows, row_docs, K_D
         b_p = tl.where(_visible(rows, start + n, T_K, offset, row_docs, K_DOCS, CAUSAL, DOCS), b_p, 0.0)
     b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
     b_ds = b_p * (b_dp - b_delta[:, None])
-    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION, out_dtype=b_dq.dtype)
 
 
 @triton.jit(do_not_specialize=["T_Q", "T_K", "offset"])
@@ -298,10 +299,10 @@ def _dkdv_step(b_dk, b_dv, b_k, b_v, Q, DOUT, LSE, DELTA, start, keys, key_docs,
         b_p = tl.where(mask, b_p, 0.0)
     b_dout = _tile_load(DOUT + tl.cast(start, tl.int64) * stride_ot, m, T_Q - start, stride_ot, D, BLOCK_D, MASK)
     b_dout = b_dout.to(b_q.dtype)
-    b_dv = tl.dot(b_p.to(b_q.dtype), b_dout, b_dv, input_precision=PRECISION)
+    b_dv = tl.dot(b_p.to(b_q.dtype), b_dout, b_dv, input_precision=PRECISION, out_dtype=b_dv.dtype)
     b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
     b_ds = b_p * (b_dp - b_delta[None, :])
-    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION, out_dtype=b_dk.dtype)
     return b_dk, b_dv
 
 
