@@ -5,8 +5,9 @@ import os
 import pkgutil
 import sys
 
-from kernels.attention import attention, merge_attention
+from kernels.attention import attention
 from kernels.loss import linear_cross_entropy
+from kernels.merge import merge_attention
 from kernels.norm import rms_norm
 from kernels.rope import rope, rope_frequencies, rope_turns
 from kernels.swiglu import swiglu
@@ -22,6 +23,7 @@ def __getattr__(name):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if "kernels.pypi" not in sys.modules:
         spec = importlib.util.spec_from_file_location("kernels.pypi", other)
+        spec.submodule_search_locations = None  # its own modules stay kernels.<name>
         sys.modules["kernels.pypi"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["kernels.pypi"])
     return getattr(sys.modules["kernels.pypi"], name)

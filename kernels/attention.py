@@ -1,5 +1,5 @@
 """
-Exact attention, forward and backward, and the merge of two partial results.
+Exact attention, forward and backward.
 
     s_ij = scale * q_i . k_j for the keys j that row i sees,   lse_i = ln sum_j exp(s_ij),   out_i = sum_j exp(s_ij - lse_i) v_j
     delta_i = dout_i . out_i - dlse_i,   ds_ij = p_ij (dout_i . v_j - delta_i),   p_ij = exp(s_ij - lse_i)
@@ -18,9 +18,8 @@ sums over the query heads of its kv head). Bytes moved by the forward: q, out an
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
-from kernels.backend import arch, dot_precision, tl, triton, use_triton
+from kernels.backend import arch, dot_precision, register, tl, triton, use_triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -29,68 +28,77 @@ LN2 = tl.constexpr(0.6931471805599453)
 # ----------------------------------------------------------------------------------------------------------------------
 # references
 
-def _attention_rows_ref(q, k, v, q_docs, k_docs, scale, causal, offset):
-    """The formula at the top, for a block of rows: (out, lse). Rows that see no key give out 0, lse -inf, gradient 0."""
-    B, Tq, H, D = q.shape
-    G, Tk = k.shape[2], k.shape[1]
-    q = q.reshape(B, Tq, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(B, G, H // G * Tq, D)  # a kv head's queries together
-    s = (q @ k.permute(0, 2, 3, 1)).view(B, H, Tq, Tk) * scale
-    mask = torch.ones(1, Tq, Tk, dtype=torch.bool, device=q.device)
-    if causal:
-        mask = mask.tril(offset)
-    if q_docs is not None:
-        mask = mask & (q_docs[:, :, None] == k_docs[:, None, :])
-    s = s.masked_fill(~mask[:, None], -torch.inf)
-    pivot = s.detach().amax(-1, keepdim=True)
-    pivot = pivot.masked_fill(pivot == -torch.inf, 0.0)
-    p = (s - pivot).exp()
-    l = p.sum(-1, keepdim=True)
-    empty = l == 0
-    l = l.masked_fill(empty, 1.0)
-    out = (p / l).view(B, G, H // G * Tq, Tk) @ v.transpose(1, 2)
-    lse = (pivot + l.log()).masked_fill(empty, -torch.inf)
-    return out.view(B, H, Tq, D).transpose(1, 2), lse.squeeze(-1)
+def _grouped(x, G):
+    """(B, n, H, D) -> (B, G, H/G n, D): the queries of a kv head together."""
+    B, n, H, D = x.shape
+    return x.view(B, n, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(B, G, H // G * n, D)
+
+
+def _ungrouped(x, n, H):
+    """_grouped's inverse."""
+    B, G, _, D = x.shape
+    return x.view(B, G, H // G, n, D).permute(0, 3, 1, 2, 4).reshape(B, n, H, D)
+
+
+def _row_blocks(q, k, q_docs, k_docs, scale, causal, offset):
+    """
+    Blocks of rows of 2^23 scores at most. Yields slices of the rows and of the keys that they can see, and the block's masked scores
+    (B, G, H/G n, keys) in float32, or float64 for float64.
+    """
+    (B, Tq, H, _), (_, Tk, G, _), acc = q.shape, k.shape, torch.promote_types(q.dtype, torch.float32)
+    n = max(1, 2**23 // max(1, B * H * Tk))
+    for first in range(0, Tq if B and Tk else 0, n):
+        rows = slice(first, min(Tq, first + n))
+        keys = slice(0, max(1, min(Tk, rows.stop + offset)) if causal else Tk)
+        s = _grouped(q[:, rows].to(acc), G) @ k[:, keys].to(acc).permute(0, 2, 3, 1) * scale
+        hidden = torch.zeros(1, rows.stop - first, keys.stop, dtype=torch.bool, device=q.device)
+        if causal:
+            hidden = ~(~hidden).tril(first + offset)
+        if q_docs is not None:
+            hidden = hidden | (q_docs[:, rows, None] != k_docs[:, None, keys])
+        s.view(B, G, H // G, *hidden.shape[1:]).masked_fill_(hidden[:, None, None], -torch.inf)
+        yield rows, keys, s
+
+
+def _attention_fwd_ref(q, k, v, q_docs, k_docs, scale, causal, offset, out_dtype):
+    (B, Tq, H, D), G, acc = q.shape, k.shape[2], torch.promote_types(q.dtype, torch.float32)
+    out = torch.zeros(q.shape, dtype=out_dtype, device=q.device)
+    lse = torch.full((B, H, Tq), -torch.inf, dtype=acc, device=q.device)
+    for rows, keys, s in _row_blocks(q, k, q_docs, k_docs, scale, causal, offset):
+        top = s.amax(-1, keepdim=True)
+        top = top.masked_fill_(top == -torch.inf, 0.0)
+        p = s.sub_(top).exp_()
+        total = p.sum(-1, keepdim=True)
+        p = p.div_(total.masked_fill(total == 0, 1.0))
+        out[:, rows] = _ungrouped(p @ v[:, keys].to(acc).transpose(1, 2), rows.stop - rows.start, H)
+        lse[:, :, rows] = (top + total.log()).view(B, H, -1)
+    return out, lse
+
+
+def _attention_bwd_ref(dout, dlse, q, k, v, out, lse, q_docs, k_docs, scale, causal, offset):
+    H, G, acc = q.shape[2], k.shape[2], torch.promote_types(q.dtype, torch.float32)
+    dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    dk, dv = (torch.zeros(k.shape, dtype=acc, device=k.device).transpose(1, 2) for _ in range(2))
+    for rows, keys, s in _row_blocks(q, k, q_docs, k_docs, scale, causal, offset):
+        b_lse, b_dlse = (0 if x is None else x[:, :, rows].reshape(*s.shape[:3], 1) for x in (lse, dlse))
+        empty = b_lse == -torch.inf
+        p = s.sub_(b_lse.masked_fill(empty, 0.0)).exp_()
+        b_q, b_out, b_dout = (_grouped(x[:, rows].to(acc), G) for x in (q, out, dout))
+        delta = ((b_dout * b_out).sum(-1, keepdim=True) - b_dlse).masked_fill(empty, 0.0)
+        dv[:, :, keys] += p.mT @ b_dout
+        ds = p.mul_((b_dout @ v[:, keys].to(acc).permute(0, 2, 3, 1)).sub_(delta)).mul_(scale)
+        dk[:, :, keys] += ds.mT @ b_q
+        dq[:, rows] = _ungrouped(ds @ k[:, keys].to(acc).transpose(1, 2), rows.stop - rows.start, H)
+    return dq, dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype)
 
 
 def attention_ref(q, k, v, *, scale, causal, offset=0, q_docs=None, k_docs=None):
     """
     The meaning of `attention`, in plain torch: (out, lse) in float32, or float64 for float64 inputs. Memory stays bounded: a block of
-    rows at a time, 2^22 scores at most, recomputed in the backward pass.
+    rows at a time, recomputed in the backward pass.
     """
     acc = torch.promote_types(q.dtype, torch.float32)
-    B, Tq, H, _ = q.shape
-    if k.shape[1] == 0:  # no key at all: one that no row sees
-        k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
-        causal, offset, q_docs = True, -Tq, None
-    Tk = k.shape[1]
-    rows = max(1, min(Tq, 2**22 // max(1, B * H * Tk)))
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    outs, lses = [], []
-    for i in range(0, max(1, Tq), rows):
-        seen = max(1, min(Tk, i + rows + offset)) if causal else Tk  # keys beyond the last row's are not touched
-        args = (q[:, i:i + rows].to(acc), k[:, :seen].to(acc), v[:, :seen].to(acc),
-                None if q_docs is None else q_docs[:, i:i + rows], None if q_docs is None else k_docs[:, :seen],
-                scale, causal, i + offset)
-        if needs_grad and rows < Tq:
-            out, lse = checkpoint(_attention_rows_ref, *args, use_reentrant=False)
-        else:
-            out, lse = _attention_rows_ref(*args)
-        outs.append(out)
-        lses.append(lse)
-    return torch.cat(outs, 1), torch.cat(lses, 2)
-
-
-def merge_attention_ref(out_a, lse_a, out_b, lse_b):
-    """The meaning of `merge_attention`, in plain torch, in float32 (float64 for float64 inputs)."""
-    acc = torch.promote_types(out_a.dtype, torch.float32)
-    lse_a, lse_b = lse_a.to(acc), lse_b.to(acc)
-    pivot = torch.maximum(lse_a, lse_b).detach()
-    pivot = pivot.masked_fill(pivot == -torch.inf, 0.0)
-    a, b = (lse_a - pivot).exp(), (lse_b - pivot).exp()
-    empty = a + b == 0
-    total = (a + b).masked_fill(empty, 1.0)
-    a, b = ((x / total).transpose(1, 2)[..., None] for x in (a, b))
-    return a * out_a.to(acc) + b * out_b.to(acc), (pivot + total.log()).masked_fill(empty, -torch.inf)
+    return _Attention.apply(q, k, v, q_docs, k_docs, scale, causal, offset, acc, False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -137,7 +145,7 @@ def _key_range(K_LO, K_HI, block, m0, T_Q, T_K, offset, CAUSAL: tl.constexpr, DO
 @triton.jit
 def _visible(rows, keys, T_K, offset, row_docs, K_DOCS, CAUSAL: tl.constexpr, DOCS: tl.constexpr):
     """(rows, keys) mask."""
-    mask = (keys < T_K)[None, :] & (rows >= 0)[:, None]
+    mask = (keys < T_K)[None, :] & (rows >= 0)[:, None]  # the second is always true: it makes the shape
     if CAUSAL:
         mask = mask & (keys[None, :] <= rows[:, None] + offset)
     if DOCS:
@@ -366,56 +374,6 @@ def _attention_dkdv_kernel(Q, K, V, DOUT, LSE, DELTA, DK, DV, Q_DOCS, K_DOCS, Q_
     _tile_store(DV + at, b_dv, n, T_K - n0, G * D, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["N", "T"])
-def _merge_fwd_kernel(OUT_A, LSE_A, OUT_B, LSE_B, OUT, LSE, N, T, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                      BLOCK_N: tl.constexpr):
-    """Rows of (B, T, H, D) in memory order; lse is (B, H, T)."""
-    rows, at_lse = _merge_rows(N, T, H, BLOCK_N)
-    a = tl.load(LSE_A + at_lse, rows < N, 0.0)
-    b = tl.load(LSE_B + at_lse, rows < N, 0.0)
-    pivot = tl.maximum(a, b)
-    pivot = tl.where(pivot == float("-inf"), 0.0, pivot)
-    a = tl.exp2((a - pivot) * LOG2E)
-    b = tl.exp2((b - pivot) * LOG2E)
-    total = tl.where(a + b == 0.0, 1.0, a + b)
-    tl.store(LSE + at_lse, tl.where(a + b == 0.0, float("-inf"), pivot + tl.log2(total) * LN2), rows < N)
-    d = tl.arange(0, BLOCK_D)
-    at = rows[:, None] * D + d[None, :]
-    mask = (rows < N)[:, None] & (d < D)[None, :]
-    out = (a / total)[:, None] * tl.load(OUT_A + at, mask, 0.0) + (b / total)[:, None] * tl.load(OUT_B + at, mask, 0.0)
-    tl.store(OUT + at, out, mask)
-
-
-@triton.jit
-def _merge_rows(N, T, H: tl.constexpr, BLOCK_N: tl.constexpr):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    token = rows // H
-    return rows, (token // T * H + rows % H) * T + token % T
-
-
-@triton.jit(do_not_specialize=["N", "T"])
-def _merge_bwd_kernel(DOUT, DLSE, OUT_A, LSE_A, OUT_B, LSE_B, OUT, LSE, DOUT_A, DLSE_A, DOUT_B, DLSE_B, N, T,
-                      H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
-    rows, at_lse = _merge_rows(N, T, H, BLOCK_N)
-    lse = tl.load(LSE + at_lse, rows < N, 0.0)
-    empty = lse == float("-inf")
-    lse = tl.where(empty, 0.0, lse)
-    a = tl.exp2((tl.load(LSE_A + at_lse, rows < N, 0.0) - lse) * LOG2E)  # the share of each part; 0 in an empty row
-    b = tl.exp2((tl.load(LSE_B + at_lse, rows < N, 0.0) - lse) * LOG2E)
-    d = tl.arange(0, BLOCK_D)
-    at = rows[:, None] * D + d[None, :]
-    mask = (rows < N)[:, None] & (d < D)[None, :]
-    dout = tl.load(DOUT + at, mask, 0.0)
-    out = tl.load(OUT + at, mask, 0.0)
-    dlse = tl.where(empty, 0.0, tl.load(DLSE + at_lse, rows < N, 0.0))
-    dlse_a = a * (dlse + tl.sum(dout * (tl.load(OUT_A + at, mask, 0.0) - out), 1))
-    dlse_b = b * (dlse + tl.sum(dout * (tl.load(OUT_B + at, mask, 0.0) - out), 1))
-    tl.store(DOUT_A + at, a[:, None] * dout, mask)
-    tl.store(DOUT_B + at, b[:, None] * dout, mask)
-    tl.store(DLSE_A + at_lse, dlse_a, rows < N)
-    tl.store(DLSE_B + at_lse, dlse_b, rows < N)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # launchers
 
@@ -434,7 +392,7 @@ TILES = {
     (100, 2, 64): dict(fwd=(64, 64, 4, 3), dq=(64, 64, 4, 2), dkdv=(64, 128, 8, 2)),
     (100, 2, 128): dict(fwd=(128, 64, 8, 3), dq=(128, 64, 8, 3), dkdv=(64, 128, 8, 2)),
     (100, 2, 256): dict(fwd=(64, 64, 8, 2), dq=(64, 32, 4, 2), dkdv=(32, 64, 8, 2)),
-    ("gfx", 2, 64): dict(fwd=(128, 64, 8, 3), dq=(128, 64, 8, 2), dkdv=(64, 64, 4, 2)),
+    ("gfx", 2, 64): dict(fwd=(128, 64, 8, 3), dq=(128, 64, 8, 2), dkdv=(32, 64, 4, 2)),
     ("gfx", 2, 128): dict(fwd=(64, 64, 4, 2), dq=(64, 32, 8, 2), dkdv=(32, 64, 4, 2)),
     ("gfx", 2, 256): dict(fwd=(64, 32, 8, 2), dq=(32, 16, 4, 1), dkdv=(16, 32, 8, 2)),
     ("gfx", 4, 64): dict(fwd=(64, 32, 8, 2), dq=(32, 32, 4, 2), dkdv=(32, 32, 4, 2)),
@@ -473,7 +431,7 @@ def _doc_ranges(docs_a, docs_b, block_a, block_b):
     """
     def bounds(docs, block):
         B, T = docs.shape
-        padded = torch.cat([docs, docs[:, -1:].expand(B, -T % block)], 1).view(B, -1, block)
+        padded = torch.cat([docs, docs[:, -1:].expand(B, -T % block)], 1).view(B, (T + block - 1) // block, block)
         return padded.amin(2), padded.amax(2)
 
     (a_min, a_max), (b_min, b_max) = bounds(docs_a, block_a), bounds(docs_b, block_b)
@@ -484,6 +442,11 @@ def _doc_ranges(docs_a, docs_b, block_a, block_b):
     return lo.contiguous(), torch.maximum(lo, hi).contiguous()
 
 
+def _implementation(triton_kernel, reference):
+    """The operator's implementation: its last argument says which of the two runs."""
+    return lambda *args: (triton_kernel if args[-1] else reference)(*args[:-1])
+
+
 def _shared_arguments(q, k, scale, causal, q_docs):
     acc = torch.promote_types(q.dtype, torch.float32)
     H = q.shape[2]
@@ -492,20 +455,22 @@ def _shared_arguments(q, k, scale, causal, q_docs):
 
 
 def _attention_fwd(q, k, v, q_docs, k_docs, scale, causal, offset, out_dtype):
+    """-> out, and log2 of the softmax denominator (B, H, Tq)."""
     q, k, v = _strided(q), _strided(k), _strided(v)
     (B, Tq, H, D), Tk = q.shape, k.shape[1]
     acc, constants = _shared_arguments(q, k, scale, causal, q_docs)
     out = torch.empty(B, Tq, H, D, dtype=out_dtype, device=q.device)
     lse = torch.empty(B, H, Tq, dtype=acc, device=q.device)
+    if not B or not Tq or not Tk:
+        return out.zero_(), lse.fill_(-torch.inf)
     tiles, block_d = _tiles(q)
     options = _launch_options(tiles["fwd"], block_d)
     k_lo = k_hi = None
-    if q_docs is not None and Tq and Tk:
+    if q_docs is not None:
         k_lo, k_hi = _doc_ranges(q_docs, k_docs, options["BLOCK_M"], options["BLOCK_N"])
-    if out.numel():
-        _attention_fwd_kernel[(triton.cdiv(Tq, options["BLOCK_M"]) * B * H,)](
-            q, k, v, out, lse, q_docs, k_docs, k_lo, k_hi, Tq, Tk, max(-Tq, min(Tk, offset)),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, **options)
+    _attention_fwd_kernel[(triton.cdiv(Tq, options["BLOCK_M"]) * B * H,)](
+        q, k, v, out, lse, q_docs, k_docs, k_lo, k_hi, Tq, Tk, max(-Tq, min(Tk, offset)),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, **options)
     return out, lse
 
 
@@ -516,7 +481,7 @@ def _attention_bwd(dout, dlse, q, k, v, out, lse, q_docs, k_docs, scale, causal,
     acc, constants = _shared_arguments(q, k, scale, causal, q_docs)
     dq, delta = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty_like(lse)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    if not Tq or not Tk:
+    if not B or not Tq or not Tk:
         return dq.zero_(), dk.zero_(), dv.zero_()
     tiles, block_d = _tiles(q)
     offset = max(-Tq, min(Tk, offset))
@@ -536,87 +501,40 @@ def _attention_bwd(dout, dlse, q, k, v, out, lse, q_docs, k_docs, scale, causal,
     return dq, dk, dv
 
 
-def _merge_tile(out):
-    block_d = triton.next_power_of_2(out.shape[-1])
-    block_n = max(1, 4096 // block_d)
-    return (triton.cdiv(out.numel() // out.shape[-1], block_n),), dict(
-        H=out.shape[2], D=out.shape[3], BLOCK_D=block_d, BLOCK_N=block_n, num_warps=4)
-
-
-def _merge_fwd(out_a, lse_a, out_b, lse_b):
-    out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
-    grid, tile = _merge_tile(out)
-    if out.numel():
-        _merge_fwd_kernel[grid](out_a, lse_a, out_b, lse_b, out, lse, lse.numel(), out.shape[1], **tile)
-    return out, lse
-
-
-def _merge_bwd(dout, dlse, out_a, lse_a, out_b, lse_b, out, lse):
-    grads = [torch.empty_like(x) for x in (out_a, lse_a, out_b, lse_b)]
-    grid, tile = _merge_tile(out)
-    if out.numel():
-        _merge_bwd_kernel[grid](dout, dlse, out_a, lse_a, out_b, lse_b, out, lse, *grads, lse.numel(), out.shape[1], **tile)
-    return tuple(grads)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # registration, autograd
 
-def _register(name, schema, launcher, fake):
-    torch.library.define(f"nanolong::{name}", schema)
-    torch.library.impl(f"nanolong::{name}", ("cpu", "cuda"), launcher)
-    torch.library.register_fake(f"nanolong::{name}", fake)
-
-
-_register("attention_fwd",
-          "(Tensor q, Tensor k, Tensor v, Tensor? q_docs, Tensor? k_docs, float scale, bool causal, SymInt offset, "
-          "ScalarType out_dtype) -> (Tensor, Tensor)", _attention_fwd,
-          lambda q, k, v, q_docs, k_docs, scale, causal, offset, out_dtype: (
-              q.new_empty(q.shape, dtype=out_dtype),
-              q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))))
-_register("attention_bwd",
-          "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? q_docs, Tensor? k_docs, "
-          "float scale, bool causal, SymInt offset) -> (Tensor, Tensor, Tensor)", _attention_bwd,
-          lambda dout, dlse, q, k, v, out, lse, q_docs, k_docs, scale, causal, offset: (
-              q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)))
-_register("merge_attention_fwd", "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)", _merge_fwd,
-          lambda out_a, lse_a, out_b, lse_b: (torch.empty_like(out_a), torch.empty_like(lse_a)))
-_register("merge_attention_bwd",
-          "(Tensor dout, Tensor dlse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor out, Tensor lse) "
-          "-> (Tensor, Tensor, Tensor, Tensor)", _merge_bwd,
-          lambda dout, dlse, out_a, lse_a, out_b, lse_b, out, lse: tuple(
-              torch.empty_like(x) for x in (out_a, lse_a, out_b, lse_b)))
+register("attention_fwd",
+         "(Tensor q, Tensor k, Tensor v, Tensor? q_docs, Tensor? k_docs, float scale, bool causal, SymInt offset, "
+         "ScalarType out_dtype, bool triton) -> (Tensor, Tensor)", _implementation(_attention_fwd, _attention_fwd_ref),
+         lambda q, k, v, q_docs, k_docs, scale, causal, offset, out_dtype, triton: (
+             q.new_empty(q.shape, dtype=out_dtype),
+             q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))))
+register("attention_bwd",
+         "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? q_docs, Tensor? k_docs, "
+         "float scale, bool causal, SymInt offset, bool triton) -> (Tensor, Tensor, Tensor)",
+         _implementation(_attention_bwd, _attention_bwd_ref),
+         lambda dout, dlse, q, k, v, out, lse, q_docs, k_docs, scale, causal, offset, triton: (
+             q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)))
 
 
 class _Attention(torch.autograd.Function):
+    """(out, lse); lse in base 2 if it comes from the Triton kernels."""
+
     @staticmethod
-    def forward(ctx, q, k, v, q_docs, k_docs, scale, causal, offset, out_dtype):
+    def forward(ctx, q, k, v, q_docs, k_docs, scale, causal, offset, out_dtype, triton):
         ctx.set_materialize_grads(False)
-        out, lse = torch.ops.nanolong.attention_fwd(q, k, v, q_docs, k_docs, scale, causal, offset, out_dtype)
+        out, lse = torch.ops.nanolong.attention_fwd(q, k, v, q_docs, k_docs, scale, causal, offset, out_dtype, triton)
         ctx.save_for_backward(q, k, v, out, lse, q_docs, k_docs)
-        ctx.scale, ctx.causal, ctx.offset = scale, causal, offset
+        ctx.options = scale, causal, offset, triton
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse):
-        q, k, v, out, lse, q_docs, k_docs = ctx.saved_tensors
+        q, k, v, out, lse, *docs = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
-        grads = torch.ops.nanolong.attention_bwd(dout, dlse, q, k, v, out, lse, q_docs, k_docs, ctx.scale, ctx.causal, ctx.offset)
-        return *grads, None, None, None, None, None, None
-
-
-class _MergeAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, out_a, lse_a, out_b, lse_b):
-        out, lse = torch.ops.nanolong.merge_attention_fwd(out_a, lse_a, out_b, lse_b)
-        ctx.save_for_backward(out_a, lse_a, out_b, lse_b, out, lse)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, dlse):
-        return torch.ops.nanolong.merge_attention_bwd(dout.contiguous(), dlse.contiguous(), *ctx.saved_tensors)
+        return *torch.ops.nanolong.attention_bwd(dout, dlse, q, k, v, out, lse, *docs, *ctx.options), *7 * (None,)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -634,6 +552,8 @@ def _validate(q, k, v, q_docs, k_docs):
         raise ValueError(f"attention: head dim {q.shape[3]} is more than 256")
     if (q_docs is None) != (k_docs is None):
         raise ValueError("attention: q_docs and k_docs go together: pass both or neither")
+    if q_docs is not None and (q_docs.is_floating_point() or k_docs.is_floating_point()):
+        raise ValueError(f"attention: q_docs are {q_docs.dtype} and k_docs {k_docs.dtype}: document ids must be integers")
     if q_docs is not None and (q_docs.shape != q.shape[:2] or k_docs.shape != k.shape[:2]):
         raise ValueError(f"attention: q_docs {tuple(q_docs.shape)} and k_docs {tuple(k_docs.shape)} must be "
                          f"{tuple(q.shape[:2])} and {tuple(k.shape[:2])}")
@@ -658,28 +578,13 @@ def attention(q, k, v, *, scale=None, causal=True, q_docs=None, k_docs=None, q_s
     offset, out_dtype = q_start - k_start, out_dtype or q.dtype
     if use_triton(q):
         docs = (x if x is None else x.to(torch.int32).contiguous() for x in (q_docs, k_docs))
-        out, log2_sum = _Attention.apply(q, k, v, *docs, scale, causal, offset, out_dtype)
+        out, log2_sum = _Attention.apply(q, k, v, *docs, scale, causal, offset, out_dtype, True)
         return (out, log2_sum * LN2.value) if return_lse else out
     Tq, Tk = q.shape[1], k.shape[1]
     all_seen = not causal or offset >= Tk - 1
-    if q_docs is None and not return_lse and Tq and Tk and (all_seen or offset == 0 and Tq == Tk):
+    if q_docs is None and not return_lse and out_dtype == q.dtype and Tq and Tk and (all_seen or offset == 0 and Tq == Tk):
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale,
                                              is_causal=not all_seen, enable_gqa=q.shape[2] != k.shape[2])
-        return out.transpose(1, 2).to(out_dtype)
+        return out.transpose(1, 2)
     out, lse = attention_ref(q, k, v, scale=scale, causal=causal, offset=offset, q_docs=q_docs, k_docs=k_docs)
     return (out.to(out_dtype), lse) if return_lse else out.to(out_dtype)
-
-
-def merge_attention(out_a, lse_a, out_b, lse_b):
-    """
-    Attention over the union of two disjoint sets of keys, from the results over each: out_a, out_b (B, T, H, D), lse_a, lse_b
-    (B, H, T), natural logarithm -> (out, lse), float32 (float64 for float64 inputs), differentiable. Two rows that saw nothing give (0, -inf).
-    Ring attention's merge, Liu et al., arXiv 2310.01889.
-    """
-    if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape or lse_a.shape != out_a.transpose(1, 2).shape[:3]:
-        raise ValueError(f"merge_attention: out_a {tuple(out_a.shape)}, out_b {tuple(out_b.shape)}, lse_a {tuple(lse_a.shape)}, lse_b "
-                         f"{tuple(lse_b.shape)}: outs must be equal, (B, T, H, D), and lses (B, H, T)")
-    if not use_triton(out_a):
-        return merge_attention_ref(out_a, lse_a, out_b, lse_b)
-    acc = torch.promote_types(out_a.dtype, torch.float32)
-    return _MergeAttention.apply(*(x.to(acc).contiguous() for x in (out_a, lse_a, out_b, lse_b)))

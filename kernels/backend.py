@@ -101,3 +101,17 @@ def dot_precision(dtype: torch.dtype) -> str:
     """tl.dot's input_precision for `dtype`: float32 products follow torch.set_float32_matmul_precision, so "highest" (the
     default) is exact float32 and anything else allows TF32; other dtypes ignore it."""
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def register(name: str, schema: str, launcher, fake):
+    """
+    Makes `launcher` the operator torch.ops.nanolong.<name> on CPU and GPU tensors, opaque to torch.compile, with `fake` giving the outputs'
+    shapes and dtypes. The first argument is a tensor: Triton launches on the current device, so its device is made that.
+    """
+    def on_its_device(x, *args):
+        with torch.cuda.device_of(x):
+            return launcher(x, *args)
+
+    torch.library.define(f"nanolong::{name}", schema)
+    torch.library.impl(f"nanolong::{name}", ("cpu", "cuda"), on_its_device)
+    torch.library.register_fake(f"nanolong::{name}", fake)

@@ -7,7 +7,8 @@ import torch
 from helpers import LiveBytes, assert_close_2x, guarded, poisoned_empty
 
 from kernels import attention, merge_attention
-from kernels.attention import _doc_ranges, attention_ref, merge_attention_ref
+from kernels.attention import _doc_ranges, attention_ref
+from kernels.merge import merge_attention_ref
 
 
 def visible(q, k, causal=True, q_start=0, k_start=0, q_docs=None, k_docs=None, scale=None):
@@ -267,10 +268,10 @@ def test_merge_2x(dtype, triton_kernels):
 def test_opcheck(triton_kernels):
     q, k, v = (torch.randn(1, t, h, 16, requires_grad=True) for t, h in ((20, 2), (24, 1), (24, 1)))
     docs = torch.zeros(1, 20, dtype=torch.int64), torch.zeros(1, 24, dtype=torch.int64)
-    fwd = (q.detach(), k.detach(), v.detach(), *docs, 0.25, True, 4, torch.float32)
+    fwd = (q.detach(), k.detach(), v.detach(), *docs, 0.25, True, 4, torch.float32, True)
     out, lse = torch.ops.nanolong.attention_fwd(*fwd)
     torch.library.opcheck(torch.ops.nanolong.attention_fwd.default, fwd)
-    bwd = (out, lse, *fwd[:3], out, lse, *docs, 0.25, True, 4)
+    bwd = (out, lse, *fwd[:3], out, lse, *docs, 0.25, True, 4, True)
     torch.library.opcheck(torch.ops.nanolong.attention_bwd.default, bwd)
     torch.library.opcheck(torch.ops.nanolong.merge_attention_fwd.default, (out, lse, out, lse))
     torch.library.opcheck(torch.ops.nanolong.merge_attention_bwd.default, (out, lse) * 4)
