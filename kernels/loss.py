@@ -10,16 +10,17 @@ the backward pass only multiplies by its scalar, and no logits are computed twic
 lse is kept and the backward pass computes the logits again, chunk by chunk, and folds g in before the sum over tokens.
 
 Memory beyond inputs, outputs and gradients: one chunk, 1/14 of the float32 logits (at least 2^19 logits, 2^21 on a GPU,
-so that a tiny vocabulary goes in few chunks), and for x in float16 or bfloat16 also W in x's dtype and one product of
-W's size. dW is summed in float32. From the forward pass of "mean" and "sum" to the end of the backward pass dx and dW
-exist, and twice while it runs. Bytes the kernel moves, e per logit: 2 N V e forward, 3 N V e with gradients, beside the
-matrix products' own.
+so that a tiny vocabulary goes in few chunks), and for x in float16 or bfloat16 also W in x's dtype and, on a GPU, one
+float32 product of W's size. dW's products and their sum are float32: with g = 1 they grow with N, past float16's range.
+dx is in x's dtype: the |dl_nv| of a row add up to at most 2, so |dx| <= 2 max |W|, within range while |W| < 2^15. From
+the forward pass of "mean" and "sum" to the end of the backward pass dx and dW exist, and twice while it runs. Bytes the
+kernel moves, e per logit: 2 N V e forward, 3 N V e with gradients, beside the matrix products' own.
 """
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import tl, triton, use_triton
+from kernels.backend import register, tl, triton, use_triton
 
 
 def _chunk_ref(x, w, targets, ignore_index, lse, grad, write):
@@ -44,13 +45,13 @@ def _chunk_ref(x, w, targets, ignore_index, lse, grad, write):
     return torch.where(valid, lse - at_target, 0), lse, logits.to(x.dtype)
 
 
-@triton.jit
-def _cross_entropy_kernel(LOGITS, TARGETS, LSE, NLL, GRAD, V: tl.constexpr, STRIDE: tl.constexpr, IGNORE: tl.constexpr,
+@triton.jit(do_not_specialize=["ignore_index"])
+def _cross_entropy_kernel(LOGITS, TARGETS, LSE, NLL, GRAD, ignore_index, V: tl.constexpr, STRIDE: tl.constexpr,
                           BACKWARD: tl.constexpr, WRITE: tl.constexpr, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits, cols = LOGITS + row * STRIDE, tl.arange(0, BLOCK_V)
     target = tl.load(TARGETS + row)
-    valid, inside = target != IGNORE, (target >= 0) & (target < V)
+    valid, inside = target != ignore_index, (target >= 0) & (target < V)
     if BACKWARD:
         lse, grad = tl.load(LSE + row), tl.load(GRAD + row)
     else:
@@ -87,23 +88,26 @@ def _chunk_triton(x, w, targets, ignore_index, lse, grad, write):
     torch.mm(x, w.T, out=logits)
     nll = torch.empty(n, dtype=acc, device=x.device)
     lse = lse if backward else torch.empty(n, dtype=acc, device=x.device)
-    _cross_entropy_kernel[(n,)](logits, targets, lse, nll, grad if backward else nll, V=V, STRIDE=stride,
-                                IGNORE=ignore_index, BACKWARD=backward, WRITE=write, ACC=getattr(tl, str(acc)[6:]),
+    _cross_entropy_kernel[(n,)](logits, targets, lse, nll, grad if backward else nll, ignore_index, V=V, STRIDE=stride,
+                                BACKWARD=backward, WRITE=write, ACC=getattr(tl, str(acc)[6:]),
                                 BLOCK_V=min(4096, triton.next_power_of_2(V)), num_warps=8)
     return nll, lse, logits
 
 
-def _chunked(chunk, bytes_per_logit, x, weight, targets, lse, grad, ignore_index, want_dx, want_dw):
+def _chunked(x, weight, targets, lse, grad, ignore_index, want_dx, want_dw, triton):
     """
-    All rows, by `chunk`, one of the two above, which holds bytes_per_logit at its peak -> nll (N,), lse (N,), dx (N, C)
-    in x's dtype, dw (V, C) in float32 (float64 for float64); the last two empty unless wanted.
+    All rows, in chunks -> nll (N,), lse (N,), dx (N, C) in x's dtype, dw (V, C) in float32 (float64 for float64); the
+    last two empty unless wanted.
     """
     (N, C), V, acc = x.shape, weight.shape[0], torch.promote_types(x.dtype, torch.float32)
+    chunk, narrow = _chunk_triton if triton else _chunk_ref, x.dtype != acc
     w = weight.to(x.dtype)
     nll, lses = (torch.empty(N, dtype=acc, device=x.device) for _ in range(2))
     dx = torch.empty((N, C) if want_dx else 0, dtype=x.dtype, device=x.device)
     dw = torch.zeros((V, C) if want_dw else 0, dtype=acc, device=x.device)
-    rows = max(1, 4 * N // (14 * bytes_per_logit), 2 ** (21 if x.is_cuda else 19) // V)
+    # bytes per logit at a chunk's peak: the reference, and dw on the CPU, hold a float32 copy beside float16
+    held = x.itemsize + acc.itemsize if narrow and not (triton and x.is_cuda) else x.itemsize
+    rows = max(1, 4 * N // (14 * held), 2 ** (21 if x.is_cuda else 19) // V)
     rows = -(-N // max(1, -(-N // rows)))  # as many chunks, all of one size but the last
     for start in range(0, N, max(1, rows)):
         part = slice(start, min(start + rows, N))
@@ -111,52 +115,41 @@ def _chunked(chunk, bytes_per_logit, x, weight, targets, lse, grad, ignore_index
         nll[part], lses[part], dlogits = chunk(x[part], w, targets[part], ignore_index, *given, want_dx or want_dw)
         if want_dx:
             torch.mm(dlogits, w, out=dx[part])
-        if want_dw and x.dtype == acc:
-            dw.addmm_(dlogits.T, x[part])
+        if want_dw and narrow and x.is_cuda:
+            dw.add_(torch.mm(dlogits.T, x[part], out_dtype=acc))
         elif want_dw:
-            dw.add_(dlogits.T @ x[part])
+            dw.addmm_(dlogits.to(acc).T, x[part].to(acc))
         del dlogits  # or it would live through the next chunk
     return nll, lses, dx, dw
 
 
-def _fwd_ref(x, weight, targets, ignore_index, want_dx, want_dw):
-    size = 4 if x.dtype == torch.float32 else 8 if x.dtype == torch.float64 else 6
-    return _chunked(_chunk_ref, size, x, weight, targets, None, None, ignore_index, want_dx, want_dw)
+def _linear_cross_entropy_fwd(x, weight, targets, ignore_index, want_dx, want_dw, triton):
+    return _chunked(x, weight, targets, None, None, ignore_index, want_dx, want_dw, triton)
 
 
-def _bwd_ref(grad, x, weight, targets, lse, ignore_index, want_dx, want_dw):
-    size = 4 if x.dtype == torch.float32 else 8 if x.dtype == torch.float64 else 6
-    return _chunked(_chunk_ref, size, x, weight, targets, lse, grad, ignore_index, want_dx, want_dw)[2:]
+def _linear_cross_entropy_bwd(grad, x, weight, targets, lse, ignore_index, want_dx, want_dw, triton):
+    return _chunked(x, weight, targets, lse, grad, ignore_index, want_dx, want_dw, triton)[2:]
 
 
-def _linear_cross_entropy_fwd(x, weight, targets, ignore_index, want_dx, want_dw):
-    return _chunked(_chunk_triton, x.itemsize, x, weight, targets, None, None, ignore_index, want_dx, want_dw)
-
-
-def _linear_cross_entropy_bwd(grad, x, weight, targets, lse, ignore_index, want_dx, want_dw):
-    return _chunked(_chunk_triton, x.itemsize, x, weight, targets, lse, grad, ignore_index, want_dx, want_dw)[2:]
-
-
-torch.library.define("nanolong::linear_cross_entropy_fwd",
-                     "(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool want_dx, bool want_dw) "
-                     "-> (Tensor, Tensor, Tensor, Tensor)")
-torch.library.define("nanolong::linear_cross_entropy_bwd",
-                     "(Tensor grad, Tensor x, Tensor weight, Tensor targets, Tensor lse, "
-                     "int ignore_index, bool want_dx, bool want_dw) -> (Tensor, Tensor)")
-torch.library.impl("nanolong::linear_cross_entropy_fwd", ("cpu", "cuda"), _linear_cross_entropy_fwd)
-torch.library.impl("nanolong::linear_cross_entropy_bwd", ("cpu", "cuda"), _linear_cross_entropy_bwd)
-
-
-@torch.library.register_fake("nanolong::linear_cross_entropy_fwd")
-def _(x, weight, targets, ignore_index, want_dx, want_dw):
+def _fake_fwd(x, weight, targets, ignore_index, want_dx, want_dw, triton):
     acc = torch.promote_types(x.dtype, torch.float32)
     return (x.new_empty(x.shape[0], dtype=acc), x.new_empty(x.shape[0], dtype=acc),
             x.new_empty(x.shape if want_dx else 0), x.new_empty(weight.shape if want_dw else 0, dtype=acc))
 
 
-@torch.library.register_fake("nanolong::linear_cross_entropy_bwd")
-def _(grad, x, weight, targets, lse, ignore_index, want_dx, want_dw):
+def _fake_bwd(grad, x, weight, targets, lse, ignore_index, want_dx, want_dw, triton):
     return x.new_empty(x.shape if want_dx else 0), x.new_empty(weight.shape if want_dw else 0, dtype=lse.dtype)
+
+
+# The reference is behind the operators too: torch.compile would unroll its loop and compile it again for every length.
+register("linear_cross_entropy_fwd",
+         "(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool want_dx, bool want_dw, bool triton) "
+         "-> (Tensor, Tensor, Tensor, Tensor)", _linear_cross_entropy_fwd, _fake_fwd)
+register("linear_cross_entropy_bwd",
+         "(Tensor grad, Tensor x, Tensor weight, Tensor targets, Tensor lse, int ignore_index, bool want_dx, "
+         "bool want_dw, bool triton) -> (Tensor, Tensor)", _linear_cross_entropy_bwd, _fake_bwd)
+torch.library.impl("nanolong::linear_cross_entropy_fwd", "mps", _linear_cross_entropy_fwd)  # as the reference
+torch.library.impl("nanolong::linear_cross_entropy_bwd", "mps", _linear_cross_entropy_bwd)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -164,12 +157,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, ignore_index, reduction, triton, want_dx, want_dw):
         ctx.options = ignore_index, reduction, triton, want_dx, want_dw
         ctx.dtypes = x.dtype, weight.dtype
-        fwd = torch.ops.nanolong.linear_cross_entropy_fwd if triton else _fwd_ref
+        fwd = torch.ops.nanolong.linear_cross_entropy_fwd
         if reduction == "none":
-            nll, lse, _, _ = fwd(x, weight, targets, ignore_index, False, False)
+            nll, lse, _, _ = fwd(x, weight, targets, ignore_index, False, False, triton)
             ctx.save_for_backward(x, weight, targets, lse)
             return nll
-        nll, _, dx, dw = fwd(x, weight, targets, ignore_index, want_dx, want_dw)
+        nll, _, dx, dw = fwd(x, weight, targets, ignore_index, want_dx, want_dw, triton)
         count = (targets != ignore_index).sum() if reduction == "mean" else nll.new_ones(())
         ctx.save_for_backward(dx, dw, count)
         return nll.sum() / count
@@ -179,8 +172,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         (ignore_index, reduction, triton, want_dx, want_dw), (x_dtype, weight_dtype) = ctx.options, ctx.dtypes
         if reduction == "none":
-            bwd = torch.ops.nanolong.linear_cross_entropy_bwd if triton else _bwd_ref
-            dx, dw = bwd(grad.contiguous(), *ctx.saved_tensors, ignore_index, want_dx, want_dw)
+            bwd = torch.ops.nanolong.linear_cross_entropy_bwd
+            dx, dw = bwd(grad.contiguous(), *ctx.saved_tensors, ignore_index, want_dx, want_dw, triton)
         else:
             dx, dw, count = ctx.saved_tensors
             factor = grad / count.clamp(min=1)
@@ -190,8 +183,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _apply(x, weight, targets, ignore_index, reduction, triton):
     want_dx, want_dw = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
-    loss = _LinearCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), int(ignore_index),
-                                     reduction, triton, want_dx, want_dw)
+    loss = _LinearCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1).contiguous(),
+                                     int(ignore_index), reduction, triton, want_dx, want_dw)
     return loss.view(targets.shape) if reduction == "none" else loss
 
 

@@ -4,15 +4,16 @@ RMSNorm (Zhang & Sennrich, arXiv 1910.07467), forward and backward.
     y = x * r * w,   r = 1 / sqrt(mean(x^2) + eps)                    x, y (N, C), w (C,), r (N,)
     dx = r * (w dy - x r^2 mean(w dy x)),   dw = sum_n dy x r
 
-The arithmetic is float32 (float64 for float64 inputs) whatever the storage; r is kept for the backward pass. Bytes moved, e per
-element: forward 2 N C e, backward 3 N C e. dw is summed per program in registers, then over programs: deterministic.
+The arithmetic is float32 (float64 for float64 inputs) whatever the storage; r is kept for the backward pass. Bytes
+moved, e per element: forward 2 N C e, backward 3 N C e. dw is summed per program in registers, then over programs:
+deterministic.
 """
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import tl, triton, use_triton
+from kernels.backend import register, tl, triton, use_triton
 
 
 def rms_norm_ref(x, weight, eps):
@@ -63,7 +64,7 @@ def _tile(C):
 
 
 def _rows(x):
-    """x (..., C) as (N, C) with a contiguous last dim; a copy only where the leading dims do not fold into one stride."""
+    """x (..., C) as (N, C), its last dim contiguous; a copy only where the leading dims do not fold into one stride."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
@@ -75,7 +76,7 @@ def _rms_norm_fwd(x, weight, eps):
     tile = _tile(C)
     if N:
         _rms_norm_fwd_kernel[(triton.cdiv(N, tile["BLOCK_N"]),)](
-            rows, weight, y, r, N, rows.stride(0), C=C, EPS=eps, ACC=getattr(tl, str(acc)[6:]), **tile)
+            rows, weight.contiguous(), y, r, N, rows.stride(0), C=C, EPS=eps, ACC=getattr(tl, str(acc)[6:]), **tile)
     return y, r
 
 
@@ -86,26 +87,17 @@ def _rms_norm_bwd(dy, x, weight, r):
     tile = _tile(C)
     programs = max(1, min(triton.cdiv(N, tile["BLOCK_N"]), 1024))
     dw = torch.empty(programs, C, dtype=r.dtype, device=x.device)
-    _rms_norm_bwd_kernel[(programs,)](dy_rows, rows, weight, r, dx, dw, N, dy_rows.stride(0), rows.stride(0), C=C,
-                                      ACC=getattr(tl, str(r.dtype)[6:]), **tile)
+    _rms_norm_bwd_kernel[(programs,)](dy_rows, rows, weight.contiguous(), r, dx, dw, N, dy_rows.stride(0),
+                                      rows.stride(0), C=C, ACC=getattr(tl, str(r.dtype)[6:]), **tile)
     return dx, dw.sum(0).to(weight.dtype)
 
 
-torch.library.define("nanolong::rms_norm_fwd", "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)")
-torch.library.define("nanolong::rms_norm_bwd", "(Tensor dy, Tensor x, Tensor weight, Tensor r) -> (Tensor, Tensor)")
-torch.library.impl("nanolong::rms_norm_fwd", ("cpu", "cuda"), _rms_norm_fwd)
-torch.library.impl("nanolong::rms_norm_bwd", ("cpu", "cuda"), _rms_norm_bwd)
-
-
-@torch.library.register_fake("nanolong::rms_norm_fwd")
-def _(x, weight, eps):
-    acc = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], dtype=acc)
-
-
-@torch.library.register_fake("nanolong::rms_norm_bwd")
-def _(dy, x, weight, r):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+register("rms_norm_fwd", "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _rms_norm_fwd,
+         lambda x, weight, eps: (
+             x.new_empty(x.shape),
+             x.new_empty(x.numel() // x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))))
+register("rms_norm_bwd", "(Tensor dy, Tensor x, Tensor weight, Tensor r) -> (Tensor, Tensor)", _rms_norm_bwd,
+         lambda dy, x, weight, r: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -123,11 +115,12 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x, weight, eps):
     """
-    x (..., C) any float dtype, weight (C,), eps > 0 -> (..., C) in x's dtype: x / rms(x) * weight. Differentiable once, in x and
-    weight. ValueError when the sizes differ. Zhang & Sennrich, arXiv 1910.07467.
+    x (..., C) any float dtype, weight (C,), eps > 0 -> (..., C) in x's dtype: x / rms(x) * weight. Differentiable once,
+    in x and weight. ValueError when the sizes differ. Zhang & Sennrich, arXiv 1910.07467.
     """
     if weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, x ends in {x.shape[-1]}: they must be equal")
+        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, x ends in {x.shape[-1]}: "
+                         "they must be equal")
     if not use_triton(x):
         return rms_norm_ref(x, weight, eps)
     return _RMSNorm.apply(x, weight, float(eps))

@@ -16,7 +16,7 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import tl, triton, use_triton
+from kernels.backend import register, tl, triton, use_triton
 
 
 def rope_frequencies(dim, base=10000.0):
@@ -126,14 +126,8 @@ def _rope(x, positions, turns, attention_factor, inverse):
     return y
 
 
-torch.library.define("nanolong::rope",
-                     "(Tensor x, Tensor positions, Tensor turns, float attention_factor, bool inverse) -> Tensor")
-torch.library.impl("nanolong::rope", ("cpu", "cuda"), _rope)
-
-
-@torch.library.register_fake("nanolong::rope")
-def _(x, positions, turns, attention_factor, inverse):
-    return x.new_empty(x.shape)
+register("rope", "(Tensor x, Tensor positions, Tensor turns, float attention_factor, bool inverse) -> Tensor", _rope,
+         lambda x, positions, turns, attention_factor, inverse: x.new_empty(x.shape))
 
 
 class _Rope(torch.autograd.Function):

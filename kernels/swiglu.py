@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import tl, triton, use_triton
+from kernels.backend import register, tl, triton, use_triton
 from kernels.norm import _rows
 
 
@@ -80,20 +80,9 @@ def _swiglu_bwd(dy, gate, up):
     return dgate, dup
 
 
-torch.library.define("nanolong::swiglu_fwd", "(Tensor gate, Tensor up) -> Tensor")
-torch.library.define("nanolong::swiglu_bwd", "(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)")
-torch.library.impl("nanolong::swiglu_fwd", ("cpu", "cuda"), _swiglu_fwd)
-torch.library.impl("nanolong::swiglu_bwd", ("cpu", "cuda"), _swiglu_bwd)
-
-
-@torch.library.register_fake("nanolong::swiglu_fwd")
-def _(gate, up):
-    return gate.new_empty(gate.shape)
-
-
-@torch.library.register_fake("nanolong::swiglu_bwd")
-def _(dy, gate, up):
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+register("swiglu_fwd", "(Tensor gate, Tensor up) -> Tensor", _swiglu_fwd, lambda gate, up: gate.new_empty(gate.shape))
+register("swiglu_bwd", "(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)", _swiglu_bwd,
+         lambda dy, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)))
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from helpers import LiveBytes, assert_close_2x, guarded, poisoned_empty
-from kernels.loss import _linear_cross_entropy_fwd, linear_cross_entropy
+from kernels.loss import _linear_cross_entropy_bwd, _linear_cross_entropy_fwd, linear_cross_entropy
 from kernels.norm import rms_norm
 from kernels.rope import rope, rope_frequencies, rope_turns
 from kernels.swiglu import swiglu
@@ -51,6 +51,11 @@ def strided(*shape):
     """Random, contiguous only in the last dim: every other row of a wider buffer, an odd offset in."""
     *lead, last = shape
     return torch.randn(*lead[:-1], 2 * lead[-1], last + 5, dtype=torch.float64)[..., ::2, 3:3 + last]
+
+
+def cast(x, dtype):
+    """x in `dtype`, its strides kept: x.to(dtype) would close the gaps between its rows."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x)
 
 
 def random_targets(shape, V):
@@ -118,7 +123,7 @@ SMALL, LARGE = list(cases(True)), list(cases(False))
 def test_values_and_gradients(case, path, dtype, request):
     if path == "triton":
         request.getfixturevalue("triton_kernels")
-    exact = [x.to(torch.float32 if i in case.keep_float32 else dtype) for i, x in enumerate(case.inputs())]
+    exact = [cast(x, torch.float32 if i in case.keep_float32 else dtype) for i, x in enumerate(case.inputs())]
     guards = [guarded(x) for x in exact]
     with torch.no_grad():
         shape = case.dense(*exact).shape
@@ -183,6 +188,19 @@ def test_offsets_past_int32(function, triton_kernels):
         assert torch.equal(rms_norm(rows, torch.ones(8), EPS), rms_norm(near, torch.ones(8), EPS))
 
 
+@pytest.mark.parametrize("path", ["reference", "triton"])
+def test_rms_norm_weight_of_any_stride(path, request):
+    if path == "triton":
+        request.getfixturevalue("triton_kernels")
+    x, buffer = torch.randn(5, 7, dtype=torch.float64), torch.randn(14, dtype=torch.float64)
+    for weight in (buffer[::2], buffer[3].expand(7)):
+        weight, dense = weight.detach().requires_grad_(), weight.clone().requires_grad_()
+        out, expected = rms_norm(x, weight, EPS), dense_rms_norm(x, dense)
+        torch.testing.assert_close(out, expected)
+        dout = torch.randn(5, 7, dtype=torch.float64)
+        torch.testing.assert_close(torch.autograd.grad(out, weight, dout), torch.autograd.grad(expected, dense, dout))
+
+
 # ---- RoPE
 
 
@@ -242,30 +260,62 @@ def test_rope_mistakes():
 # ---- linear cross entropy
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
 @pytest.mark.parametrize("path", ["reference", "triton"])
-def test_loss_memory(path, request):
+def test_loss_memory(path, dtype, request):
     """Beyond inputs, outputs and gradients, at most a tenth of the float32 logits is ever live, in either pass."""
-    N, C, V = 2048, 32, 16384 if path == "reference" else 16001
-    logits = 4 * N * V
-    assert logits >= 100e6
-    x, weight, targets = torch.randn(N, C), torch.randn(V, C), torch.randint(0, V, (N,))
     if path == "triton":
         request.getfixturevalue("triton_kernels")
-        # An operator would hide what it allocates: the launcher shows it. The kernel works in place, but takes
-        # the interpreter a minute for 33M logits, so nothing is launched.
-        no_kernel = collections.defaultdict(lambda: lambda *args, **options: None)
-        with LiveBytes() as live, mock.patch("kernels.loss._cross_entropy_kernel", no_kernel):
-            outputs = _linear_cross_entropy_fwd(x, weight, targets, -100, True, True)
-        assert live.peak - sum(t.nbytes for t in outputs) <= 0.1 * logits
-        return
-    for reduction in ("mean", "none"):
-        x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-        with LiveBytes() as live:
-            linear_cross_entropy(x, weight, targets, reduction=reduction).sum().backward()
-        assert live.peak - x.nbytes - weight.nbytes <= 0.1 * logits
+    N, C, V = 2048, 32, 16001
+    logits = 4 * N * V
+    assert logits >= 100e6
+    x, weight, targets = torch.randn(N, C).to(dtype), torch.randn(V, C), torch.randint(0, V, (N,))
+    options = -100, True, True, path == "triton"
+    # An operator would hide what it allocates: the launchers show it. The kernel works in place, but takes the
+    # interpreter a minute for 33M logits, so it is not launched.
+    no_kernel = collections.defaultdict(lambda: lambda *args, **options: None)
+    with mock.patch("kernels.loss._cross_entropy_kernel", no_kernel):
+        for launch in (lambda: _linear_cross_entropy_fwd(x, weight, targets, *options),
+                       lambda: _linear_cross_entropy_bwd(torch.ones(N), x, weight, targets, torch.zeros(N), *options)):
+            with LiveBytes() as live:
+                outputs = launch()
+            assert live.peak - sum(t.nbytes for t in outputs) <= 0.1 * logits
     with LiveBytes() as live:
         dense_loss(x, weight, targets, "mean")
     assert live.peak >= logits  # the measure sees what the plain formula holds
+
+
+@pytest.mark.parametrize("path", ["reference", "triton"])
+def test_loss_sums_past_float16(path, request):
+    """The gradients' sums over tokens leave float16's range and precision before the mean brings them back."""
+    if path == "triton":
+        request.getfixturevalue("triton_kernels")
+    targets = torch.zeros(129, dtype=torch.int64)
+    weight = torch.zeros(8, 4, dtype=torch.float16, requires_grad=True)
+    linear_cross_entropy(torch.full((128, 4), 640.0).half(), weight, targets[:128]).backward()
+    assert (weight.grad[0] == -560).all() and (weight.grad[1:] == 80).all()  # the sum is -71680
+    weight = torch.zeros(8, 4, requires_grad=True)
+    for dtype in (torch.float16, torch.bfloat16) if path == "reference" else (torch.float16,):
+        loss = linear_cross_entropy(torch.full((129, 4), 33 / 32, dtype=dtype), weight, targets, reduction="sum")
+        gradient, = torch.autograd.grad(loss, weight)  # float32: not rounded to x's dtype on the way
+        assert (gradient[0] == -129 * 33 * 7 / 256).all() and (gradient[1:] == 129 * 33 / 256).all()
+    x = torch.full((100, 4), 1e-3, dtype=torch.float16, requires_grad=True)
+    weight = torch.full((2, 4), 30000.0).half() * torch.tensor([[-1], [1]]).half()
+    linear_cross_entropy(x, weight, targets[:100]).backward()
+    assert (x.grad == 600).all()  # 60000 per token: the most that weights of 30000 can give
+
+
+@pytest.mark.parametrize("path", ["reference", "triton"])
+def test_loss_strided_targets(path, request):
+    if path == "triton":
+        request.getfixturevalue("triton_kernels")
+    x = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    for targets in (random_targets((18,), 11)[::2], torch.tensor(4).expand(9)):
+        for reduction in ("mean", "none"):
+            results = [f(x, weight, targets, reduction=reduction) for f in (linear_cross_entropy, dense_loss)]
+            torch.testing.assert_close(*results)
+            torch.testing.assert_close(*[torch.autograd.grad(loss.square().sum(), (x, weight)) for loss in results])
 
 
 @pytest.mark.parametrize("path", ["reference", "triton"])
@@ -323,7 +373,7 @@ def test_loss_targets_outside_the_vocabulary(triton_kernels):
         linear_cross_entropy(x, weight, targets)
     with poisoned_empty():  # the kernel itself, as on a GPU: never read; NaN, in that row only
         far = torch.where(targets == 11, 10**15, targets)
-        nll, _, dx, _ = _linear_cross_entropy_fwd(x, weight, far, -100, True, False)
+        nll, _, dx, _ = _linear_cross_entropy_fwd(x, weight, far, -100, True, False, True)
     assert nll.isnan().tolist() == dx.isnan().any(1).tolist() == [False, True, True, False]
     torch.testing.assert_close(nll[0], dense_loss(x[:1], weight, targets[:1], "sum"))
     assert nll[3] == 0 and (dx[3] == 0).all()
@@ -375,6 +425,28 @@ def test_compiles_whole(path, backend, request):
             assert_close_2x(fast, oracle, eager, "compiled")
 
 
+@pytest.mark.parametrize("path", ["reference", "triton"])
+def test_loss_compiled_for_any_length(path, request):
+    """Twelve lengths, more than torch.compile would compile anew for; their chunks differ in number."""
+    if path == "triton":
+        request.getfixturevalue("triton_kernels")
+
+    def losses(x, weight, targets):
+        each = linear_cross_entropy(x, weight, targets, reduction="none")
+        return linear_cross_entropy(x, weight, targets) + each.square().mean()
+
+    torch.compiler.reset()
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    weight = torch.randn(200_000 if path == "reference" else 21, 4, requires_grad=True)
+    for n in range(2, 26, 2):
+        x, targets = torch.randn(n, 4, requires_grad=True), random_targets((n,), weight.shape[0])
+        results = []
+        for function in (losses, compiled):
+            loss = function(x, weight, targets)
+            results.append((loss, *torch.autograd.grad(loss, (x, weight))))
+        assert all(map(torch.equal, *results))
+
+
 def test_operators(triton_kernels):
     """Schemas, fake implementations and tracing, as PyTorch checks them."""
     x, w, r, n = torch.randn(5, 8), torch.randn(8), torch.rand(5), torch.randint(0, 7, (5,))
@@ -383,7 +455,8 @@ def test_operators(triton_kernels):
     ops = torch.ops.nanolong
     for op, arguments in ((ops.rms_norm_fwd, (x, w, EPS)), (ops.rms_norm_bwd, (x, x, w, r)), (ops.swiglu_fwd, (x, x)),
                           (ops.swiglu_bwd, (x, x, x)), (ops.rope, (x4, positions, turns, 1.5, True)),
-                          (ops.linear_cross_entropy_fwd, (x, table, n, -100, True, True)),
-                          (ops.linear_cross_entropy_fwd, (x, table, n, -100, False, False)),
-                          (ops.linear_cross_entropy_bwd, (r, x, table, n, r, -100, True, False))):
+                          (ops.linear_cross_entropy_fwd, (x, table, n, -100, True, True, True)),
+                          (ops.linear_cross_entropy_fwd, (x, table, n, -100, False, False, False)),
+                          (ops.linear_cross_entropy_bwd, (r, x, table, n, r, -100, True, False, True)),
+                          (ops.linear_cross_entropy_bwd, (r, x, table, n, r, -100, False, True, False))):
         torch.library.opcheck(op.default, arguments)
