@@ -98,22 +98,21 @@ class KVCache:
     def __init__(self, batch_size, n_kv_head, head_dim, device, dtype):
         self.k = torch.empty(batch_size, 0, n_kv_head, head_dim, device=device, dtype=dtype)
         self.v = torch.empty_like(self.k)
-        self.length = 0
 
     @property
     def nbytes(self) -> int:
         return self.k.nbytes + self.v.nbytes
 
-    def append(self, k, v):
-        """k, v (B, T, G, D) of the next tokens -> keys and values of all tokens so far, (B, length, G, D)."""
-        start, self.length = self.length, self.length + k.shape[1]
-        if self.length > self.k.shape[1]:
-            self.k, self.v = (self._grown(x, start, max(64, 2 * start, self.length)) for x in (self.k, self.v))
-        self.k[:, start:self.length] = k.detach()
-        self.v[:, start:self.length] = v.detach()
+    def append(self, k, v, start):
+        """k, v (B, T, G, D) of the tokens from position `start` -> those of all tokens up to them, (B, start + T, G, D)."""
+        end = start + k.shape[1]
+        if end > self.k.shape[1]:
+            self.k, self.v = (self._grown(x, start, max(64, 2 * start, end)) for x in (self.k, self.v))
+        self.k[:, start:end] = k.detach()
+        self.v[:, start:end] = v.detach()
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
-            return torch.cat([self.k[:, :start], k], 1), torch.cat([self.v[:, :start], v], 1)
-        return self.k[:, :self.length], self.v[:, :self.length]
+            return torch.cat([self.k[:, :start].to(k.dtype), k], 1), torch.cat([self.v[:, :start].to(v.dtype), v], 1)
+        return self.k[:, :end].to(k.dtype), self.v[:, :end].to(v.dtype)
 
     def _grown(self, x, used, capacity):
         new = x.new_empty(x.shape[0], capacity, *x.shape[2:])
@@ -127,13 +126,35 @@ class State:
     of any size gives what one pass gives. `nbytes` is the memory it holds. With full attention it grows with the text.
     """
 
-    def __init__(self, layers: list[KVCache]):
+    def __init__(self, batch_size: int, layers: list[KVCache]):
+        self.batch_size = batch_size
         self.position = 0
         self.layers = layers
 
     @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
+
+    def save(self, path: str):
+        """Writes the state to a safetensors file, which `load` reads."""
+        from safetensors.torch import save_file
+        tensors = {f"{i}.{name}": getattr(layer, name)[:, :self.position].contiguous()
+                   for i, layer in enumerate(self.layers) for name in ("k", "v")}
+        save_file({"position": torch.tensor(self.position), **tensors}, path)
+
+    def load(self, path: str):
+        """Fills a state from model.new_state with what `save` wrote. ValueError when it is of another model or batch size."""
+        from safetensors.torch import load_file
+        tensors = load_file(path)
+        have = {name: (x.shape[0], *x.shape[2:]) for name, x in tensors.items() if x.dim() == 4}
+        want = {f"{i}.{name}": (x.shape[0], *x.shape[2:]) for i, layer in enumerate(self.layers)
+                for name, x in (("k", layer.k), ("v", layer.v))}
+        if have != want:
+            raise ValueError(f"{path} is a state of {len(have) // 2} layers of (batch, heads, dim) {have.get('0.k')}, this one has "
+                             f"{len(want) // 2} of {want['0.k']}: load it with the model that it comes from")
+        for i, layer in enumerate(self.layers):
+            layer.append(tensors[f"{i}.k"].to(layer.k), tensors[f"{i}.v"].to(layer.v), 0)
+        self.position = int(tensors["position"])
 
 
 class Attention(nn.Module):
@@ -143,20 +164,20 @@ class Attention(nn.Module):
         self.wqkv = Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=config.bias)
         self.wo = Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
 
-    def forward(self, x, turns, positions, docs, cache):
+    def forward(self, x, turns, positions, docs, cache, start):
         B, T, _ = x.shape
-        qkv = self.wqkv(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_dim)
-        q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)  # views (B, T, H | G | G, D)
-        past = 0
-        k_positions = positions
-        if cache is not None:
-            past = cache.length
-            k, v = cache.append(k, v)
-            k_positions = torch.arange(past + T, device=x.device)
-        if turns is not None:
-            q, k = rope(q, positions, turns), rope(k, k_positions, turns)
-        y = attention(q, k, v, q_docs=docs, k_docs=docs, q_start=past)
-        return self.wo(y.reshape(B, T, self.n_head * self.head_dim))
+        H, G = self.n_head, self.n_kv_head
+        qkv = self.wqkv(x).view(B, T, H + 2 * G, self.head_dim)
+        if cache is None:
+            qk, v = qkv.split([H + G, G], dim=2)  # views
+            q, k = (qk if turns is None else rope(qk, positions, turns)).split([H, G], dim=2)
+        else:
+            q, k, v = qkv.split([H, G, G], dim=2)
+            k, v = cache.append(k, v, start)
+            if turns is not None:
+                q, k = rope(q, positions, turns), rope(k, torch.arange(start + T, device=x.device), turns)
+        y = attention(q, k, v, q_docs=docs, k_docs=docs, q_start=start)
+        return self.wo(y.reshape(B, T, H * self.head_dim))
 
 
 class MLP(nn.Module):
@@ -180,8 +201,8 @@ class Block(nn.Module):
         self.norm_mlp = Norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, turns, positions, docs, cache):
-        y = x + self.attn(self.norm_attn(x), turns, positions, docs, cache)
+    def forward(self, x, turns, positions, docs, cache, start):
+        y = x + self.attn(self.norm_attn(x), turns, positions, docs, cache, start)
         return y + self.mlp(self.norm_mlp(x if self.parallel else y))
 
 
@@ -223,18 +244,21 @@ class GPT(nn.Module):
         """idx (B, T) int64 -> the final normed activations (B, T, C). See forward."""
         if state is not None and (positions is not None or docs is not None):
             raise ValueError("a state keeps its own positions and holds one document: pass state, or positions and docs, not both")
+        if state is not None and state.batch_size != idx.shape[0]:
+            raise ValueError(f"the state is for {state.batch_size} sequences, idx has {idx.shape[0]}: make one by "
+                             f"new_state({idx.shape[0]})")
         x = self.wte(idx)
         x = x.to(self.compute_dtype or x.dtype)
         start = 0 if state is None else state.position
         if positions is None:
             positions = torch.arange(start, start + idx.shape[1], device=idx.device)
         for i, block in enumerate(self.blocks):
-            args = (x, self.turns, positions, docs, None if state is None else state.layers[i])
+            args = (x, self.turns, positions, docs, None if state is None else state.layers[i], start)
             if self.activation_checkpointing and state is None and torch.is_grad_enabled():
                 x = checkpoint(block, *args, use_reentrant=False)
             else:
                 x = block(*args)
-        if state is not None:
+        if state is not None:  # not before every layer is done: a call that was cut short can be made again
             state.position += idx.shape[1]
         return self.norm_f(x)
 
@@ -254,7 +278,7 @@ class GPT(nn.Module):
         """An empty state for `batch_size` sequences, on the model's device, in the dtype it computes in."""
         c, w = self.config, self.wte.weight
         dtype = self.compute_dtype or w.dtype
-        return State([KVCache(batch_size, c.n_kv_head, c.head_dim, w.device, dtype) for _ in range(c.n_layer)])
+        return State(batch_size, [KVCache(batch_size, c.n_kv_head, c.head_dim, w.device, dtype) for _ in range(c.n_layer)])
 
     @torch.no_grad()
     def generate(self, prompt, max_new_tokens=None, state=None, *, temperature=1.0, top_k=None, top_p=None, min_p=None,
@@ -267,6 +291,13 @@ class GPT(nn.Module):
         """
         if prompt.dim() != 2 or prompt.shape[1] == 0:
             raise ValueError(f"generate: the prompt has shape {tuple(prompt.shape)}, it must be (B, T) with T at least 1")
+        for name, value, fine, range_ in (("temperature", temperature, temperature >= 0, "at least 0"),
+                                          ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
+                                          ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1]"),
+                                          ("min_p", min_p, min_p is None or 0 <= min_p <= 1, "in [0, 1]"),
+                                          ("vocab_size", vocab_size, vocab_size is None or vocab_size >= 1, "at least 1")):
+            if not fine:
+                raise ValueError(f"generate: {name} is {value}, it must be {range_}")
         state = self.new_state(prompt.shape[0]) if state is None else state
         generator = torch.Generator(prompt.device)
         generator.manual_seed(seed) if seed is not None else generator.seed()
@@ -356,7 +387,7 @@ def sample_token(logits, generator, temperature=1.0, top_k=None, top_p=None, min
     """One draw from each row of logits (B, V) float32 -> (B,) int64. See GPT.generate."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0: no temperature overflows
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)

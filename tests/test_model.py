@@ -81,9 +81,10 @@ def test_loss_of_targets_is_that_of_logits(variant):
         torch.testing.assert_close(loss.flatten(), expected.flatten())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_future_leak(variant):
+@pytest.mark.parametrize("backend, variant", [("triton", "llama"), *(("reference", variant) for variant in VARIANTS)])
+def test_future_leak(backend, variant, monkeypatch):
     """Tokens from t on are replaced: logits before t do not change by a bit."""
+    monkeypatch.setenv("NANOLONG_KERNELS", backend)
     model = tiny(variant)
     idx = torch.randint(0, 61, (2, 50))
     first = model(idx)[0]
@@ -139,11 +140,37 @@ def test_state_size_and_gradient():
             model.blocks[1].attn.wqkv.weight += sign * eps * direction
             again = model.new_state(3)
             for new, old in zip(again.layers, reference.layers):
-                new.append(old.k[:, :10], old.v[:, :10])
+                new.append(old.k[:, :10], old.v[:, :10], 0)
             again.position = 10
             losses.append(model(idx[:, 10:], idx[:, 10:], state=again, reduction="none")[1].double().mean())
             model.blocks[1].attn.wqkv.weight -= sign * eps * direction
     torch.testing.assert_close((grad * direction).sum(), (losses[0] - losses[1]) / (2 * eps), rtol=1e-3, atol=1e-6)
+
+
+def test_state_survives(tmp_path):
+    """A step that fails half way leaves the state as it was; a saved state goes on in another process's model; mistakes are one line."""
+    model = tiny()
+    idx = torch.randint(0, 61, (2, 40))
+    state = model.new_state(2)
+    with torch.no_grad():
+        whole = model(idx)[0]
+        model(idx[:, :30], state=state)
+        hook = model.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(idx[:, 5:12], state=state)
+        hook.remove()
+        state.save(str(tmp_path / "state"))
+        again = model.new_state(2)
+        again.load(str(tmp_path / "state"))
+        for s in (state, again):
+            assert s.position == 30
+            torch.testing.assert_close(model(idx[:, 30:], state=s)[0], whole[:, 30:])
+        with torch.autocast("cpu", torch.bfloat16):
+            model(idx[:, :1], state=again)
+    with pytest.raises(ValueError, match=r"2 layers of \(batch, heads, dim\) \(2, 2, 8\), this one has 2 of \(1, 2, 8\)"):
+        model.new_state(1).load(str(tmp_path / "state"))
+    with pytest.raises(ValueError, match="the state is for 2 sequences, idx has 1"):
+        model(idx[:1], state=state)
 
 
 def test_documents_are_separate():
@@ -209,6 +236,11 @@ def test_generate():
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     assert max(int(t.max()) for t in model.generate(prompt, max_new_tokens=50, temperature=5.0, vocab_size=7)) < 7
     assert len(list(itertools.islice(model.generate(prompt), 100))) == 100  # no end of its own, past block_size
+    assert len(list(model.generate(prompt, max_new_tokens=2, temperature=1e-40, min_p=1.0))) == 2
+    for wrong, message in ((dict(temperature=-1), "temperature is -1"), (dict(top_k=0), "top_k is 0"), (dict(top_p=0), "top_p is 0"),
+                           (dict(min_p=1.5), "min_p is 1.5"), (dict(vocab_size=0), "vocab_size is 0")):
+        with pytest.raises(ValueError, match=message):
+            next(model.generate(prompt, **wrong))
     with pytest.raises(ValueError, match="T at least 1"):
         next(model.generate(prompt[:, :0]))
 
