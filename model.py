@@ -1,5 +1,6 @@
 """
-The model: a GPT in one file. Every attention variant is one of our own kernels (see kernels/); this file only arranges them.
+The model: a GPT in one file. Every attention variant is one of our own kernels (see kernels/); this file only arranges
+them.
 
 Shapes: B batch, T tokens, C = n_embd, H query heads, G key/value heads (H a multiple of G), D = head_dim, V vocabulary.
 """
@@ -59,6 +60,8 @@ class GPTConfig:
         if self.position == "rope" and (not 0 < self.rope_fraction <= 1 or self.rotary_dim < 2 or self.rotary_dim % 2):
             raise ValueError(f"rope_fraction {self.rope_fraction} of head_dim {self.head_dim} rotates {self.rotary_dim} dims: "
                              "it must be an even number from 2 to head_dim")
+        if self.n_inner is not None and self.n_inner < 1:
+            raise ValueError(f"n_inner is {self.n_inner}: it must be at least 1")
         if self.n_inner is None:
             self.n_inner = 4 * self.n_embd if self.mlp == "gelu" else -(-8 * self.n_embd // (3 * 64)) * 64
 
@@ -68,7 +71,7 @@ class GPTConfig:
 
 
 class Linear(nn.Linear):
-    """nn.Linear whose weights follow the activations' dtype: they stay float32 for the optimizer while we compute in bfloat16."""
+    """nn.Linear whose weights follow the activations' dtype: float32 for the optimizer while we compute in bfloat16."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -91,8 +94,8 @@ class Norm(nn.Module):
 
 class KVCache:
     """
-    One layer's keys and values of every token so far, keys un-rotated, in buffers (B, capacity, G, D) that double when full.
-    What it keeps carries no gradient; the tokens of the current call do.
+    One layer's keys and values of every token so far, keys un-rotated, in buffers (B, capacity, G, D) that double when
+    full. What it keeps carries no gradient; the tokens of the current call do.
     """
 
     def __init__(self, batch_size, n_kv_head, head_dim, device, dtype):
@@ -122,8 +125,9 @@ class KVCache:
 
 class State:
     """
-    All that generation carries from one call to the next: the number of tokens seen and each layer's cache. Feeding a text in chunks
-    of any size gives what one pass gives. `nbytes` is the memory it holds. With full attention it grows with the text.
+    All that generation carries from one call to the next: the number of tokens seen and each layer's cache. Feeding a
+    text in chunks of any size gives what one pass gives. `nbytes` is the memory it holds. With full attention it grows
+    with the text.
     """
 
     def __init__(self, batch_size: int, layers: list[KVCache]):
@@ -150,8 +154,8 @@ class State:
         want = {f"{i}.{name}": (x.shape[0], *x.shape[2:]) for i, layer in enumerate(self.layers)
                 for name, x in (("k", layer.k), ("v", layer.v))}
         if have != want:
-            raise ValueError(f"{path} is a state of {len(have) // 2} layers of (batch, heads, dim) {have.get('0.k')}, this one has "
-                             f"{len(want) // 2} of {want['0.k']}: load it with the model that it comes from")
+            raise ValueError(f"{path} is a state of {len(have) // 2} layers of (batch, heads, dim) {have.get('0.k')}, this "
+                             f"one has {len(want) // 2} of {want['0.k']}: load it with the model that it comes from")
         for i, layer in enumerate(self.layers):
             layer.append(tensors[f"{i}.k"].to(layer.k), tensors[f"{i}.v"].to(layer.v), 0)
         self.position = int(tensors["position"])
@@ -208,8 +212,9 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """
-    A decoder-only transformer. `compute_dtype` is the dtype of the activations (None: that of the weights), so that training holds
-    float32 weights and computes in bfloat16; `activation_checkpointing` recomputes each block in the backward pass.
+    A decoder-only transformer. `compute_dtype` is the dtype of the activations (None: that of the weights), so that
+    training holds float32 weights and computes in bfloat16; `activation_checkpointing` recomputes each block in the
+    backward pass.
     """
 
     def __init__(self, config: GPTConfig):
@@ -243,7 +248,8 @@ class GPT(nn.Module):
     def hidden(self, idx, *, positions=None, docs=None, state=None):
         """idx (B, T) int64 -> the final normed activations (B, T, C). See forward."""
         if state is not None and (positions is not None or docs is not None):
-            raise ValueError("a state keeps its own positions and holds one document: pass state, or positions and docs, not both")
+            raise ValueError("a state keeps its own positions and holds one document: pass state, or positions and docs, "
+                             "not both")
         if state is not None and state.batch_size != idx.shape[0]:
             raise ValueError(f"the state is for {state.batch_size} sequences, idx has {idx.shape[0]}: make one by "
                              f"new_state({idx.shape[0]})")
@@ -264,10 +270,11 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, *, positions=None, docs=None, state=None, reduction="mean"):
         """
-        idx (B, T) int64 -> (logits, loss). Without targets: logits (B, T, V), None. With targets (B, T) int64, the token after
-        each one, -100 ignored: None and the cross entropy, in nats, float32, reduced by "mean" (over the targets not ignored), "sum" or
-        "none" (B, T); logits are then never held. positions (T,) or (B, T) int: default 0..T-1; the causal order is that of the sequence.
-        docs (B, T) int: attention stays inside a document. state: a State from new_state, which idx continues and which is advanced.
+        idx (B, T) int64 -> (logits, loss). Without targets: logits (B, T, V), None. With targets (B, T) int64, the
+        token after each one, -100 ignored: None and the cross entropy, in nats, float32, reduced by "mean" (over the
+        targets not ignored), "sum" or "none" (B, T); logits are then never held. positions (T,) or (B, T) int: default
+        0..T-1; the causal order is that of the sequence. docs (B, T) int: attention stays inside a document. state: a
+        State from new_state, which idx continues and which is advanced.
         """
         x = self.hidden(idx, positions=positions, docs=docs, state=state)
         if targets is None:
@@ -284,10 +291,11 @@ class GPT(nn.Module):
     def generate(self, prompt, max_new_tokens=None, state=None, *, temperature=1.0, top_k=None, top_p=None, min_p=None,
                  vocab_size=None, seed=None) -> Iterator[torch.Tensor]:
         """
-        Continues prompt (B, T) int64, T >= 1, and yields the next token of each sequence, (B,) int64, without end unless
-        max_new_tokens is given. `state` is what came before the prompt (None: nothing) and is carried along: it has seen every token
-        but the last one yielded. temperature 0 takes the likeliest token; top_k, top_p and min_p (a fraction of the largest
-        probability) cut the distribution in that order; tokens from vocab_size on (padding of the vocabulary) are never drawn.
+        Continues prompt (B, T) int64, T >= 1, and yields the next token of each sequence, (B,) int64, without end
+        unless max_new_tokens is given. `state` is what came before the prompt (None: nothing) and is carried along: it
+        has seen every token but the last one yielded. temperature 0 takes the likeliest token; top_k, top_p and min_p
+        (a fraction of the largest probability) cut the distribution in that order; tokens from vocab_size on (padding
+        of the vocabulary) are never drawn.
         """
         if prompt.dim() != 2 or prompt.shape[1] == 0:
             raise ValueError(f"generate: the prompt has shape {tuple(prompt.shape)}, it must be (B, T) with T at least 1")
@@ -321,9 +329,9 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T: int) -> float:
         """
-        Floating-point operations per token, forward and backward, at sequence length T: 6 per weight of a matrix (the embedding
-        look-up is none, the output layer is one) and 12 H D per key that a query sees, (T + 1) / 2 of them on average.
-        Recomputation is not counted.
+        Floating-point operations per token, forward and backward, at sequence length T: 6 per weight of a matrix (the
+        embedding look-up is none, the output layer is one) and 12 H D per key that a query sees, (T + 1) / 2 of them on
+        average. Recomputation is not counted.
         """
         c = self.config
         matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2) + c.vocab_size * c.n_embd
@@ -348,7 +356,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str, **overrides) -> "GPT":
-        """A model from a folder that save_pretrained wrote; `overrides` replace fields of its GPTConfig. ValueError, in one line, when the
+        """A model from a folder that save_pretrained wrote; `overrides` replace fields of its GPTConfig. ValueError, when the
         folder holds no such model, the file is cut short, or a tensor is missing, unexpected or of another shape."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -359,13 +367,17 @@ class GPT(nn.Module):
             raise ValueError(f"{folder} holds no config.json: it is not a model's folder") from None
         except json.JSONDecodeError as e:
             raise ValueError(f"{folder}/config.json is not valid JSON ({e}): the checkpoint is damaged") from None
-        if config.get("model_type") != "nanolong":
-            raise ValueError(f"{folder}/config.json has model_type {config.get('model_type')!r}: only 'nanolong' can be loaded")
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        if kind != "nanolong":
+            raise ValueError(f"{folder}/config.json has model_type {kind!r}: only 'nanolong' can be loaded")
         known = {f.name for f in fields(GPTConfig)}
         unknown = sorted(set(overrides) - known)
         if unknown:
             raise ValueError(f"GPTConfig has no field {', '.join(unknown)}: its fields are {', '.join(sorted(known))}")
-        model = cls(GPTConfig(**({name: config[name] for name in known & set(config)} | overrides)))
+        try:
+            model = cls(GPTConfig(**({name: config[name] for name in known & set(config)} | overrides)))
+        except TypeError as e:
+            raise ValueError(f"{folder}/config.json holds a value of the wrong type ({e}): it is damaged") from None
         path = os.path.join(folder, "model.safetensors")
         try:
             tensors = load_file(path)
@@ -377,8 +389,8 @@ class GPT(nn.Module):
         wrong = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
         if wrong:
             name = wrong[0]
-            raise ValueError(f"{path} does not fit its config.json: {name} is {have.get(name, 'missing')} there, the model has "
-                             f"{want.get(name, 'no such tensor')} ({len(wrong)} tensors differ)")
+            raise ValueError(f"{path} does not fit its config.json: {name} is {have.get(name, 'missing')} there, the model "
+                             f"has {want.get(name, 'no such tensor')} ({len(wrong)} tensors differ)")
         model.load_state_dict(tensors)
         return model
 
@@ -394,7 +406,7 @@ def sample_token(logits, generator, temperature=1.0, top_k=None, top_p=None, min
     if top_p is not None:
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(-1)
-        beyond = probs.cumsum(-1) - probs >= top_p  # the tokens before this one already hold top_p: the first always stays
+        beyond = probs.cumsum(-1) - probs >= top_p  # those before it already hold top_p: the first always stays
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
     if min_p is not None:
         probs = logits.softmax(-1)

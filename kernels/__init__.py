@@ -12,13 +12,14 @@ from kernels.norm import rms_norm
 from kernels.rope import rope, rope_frequencies, rope_turns
 from kernels.swiglu import swiglu
 
-# PyPI has another package named `kernels`, which transformers imports from when it is installed. Run from the repository, this
-# package comes first; what it does not have is taken from that one, so that both work in one process.
+# PyPI has another package named `kernels`, which transformers imports from when it is installed. Run from the
+# repository, this package comes first; what it does not have is taken from that one, so that both work in one process.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
 
 def __getattr__(name):
-    other = next((p for p in map(lambda folder: os.path.join(folder, "__init__.py"), __path__[1:]) if os.path.exists(p)), None)
+    files = (os.path.join(folder, "__init__.py") for folder in __path__[1:])
+    other = next(filter(os.path.exists, files), None)
     if name.startswith("__") or other is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if "kernels.pypi" not in sys.modules:

@@ -1,18 +1,20 @@
 """
 Exact attention, forward and backward.
 
-    s_ij = scale * q_i . k_j for the keys j that row i sees,   lse_i = ln sum_j exp(s_ij),   out_i = sum_j exp(s_ij - lse_i) v_j
+    s_ij = scale * q_i . k_j for the keys j that i sees,   lse_i = ln sum_j exp(s_ij),   out_i = sum_j exp(s_ij - lse_i) v_j
     delta_i = dout_i . out_i - dlse_i,   ds_ij = p_ij (dout_i . v_j - delta_i),   p_ij = exp(s_ij - lse_i)
     dq_i = scale * sum_j ds_ij k_j,   dk_j = scale * sum_i ds_ij q_i,   dv_j = sum_i p_ij dout_i
 
-q (B, Tq, H, D), k and v (B, Tk, G, D) with H a multiple of G (head h reads kv head h // (H / G)), out like q, lse (B, H, Tq).
-Row i sits at position q_start + i, key j at k_start + j: only offset = q_start - k_start matters. Causal: j <= i + offset.
+q (B, Tq, H, D), k and v (B, Tk, G, D) with H a multiple of G (head h reads kv head h // (H / G)), out like q, lse (B,
+H, Tq). Row i sits at position q_start + i, key j at k_start + j: only offset = q_start - k_start matters. Causal: j <=
+i + offset.
 
-FlashAttention-2's scheme (Dao, arXiv 2307.08691): a program holds one block of queries and walks the keys, the running maximum
-and sum in base 2 with the scale folded in (LSE below is log2 of the sum; the public functions speak natural logarithms); blocks that every row sees whole skip all masks. The backward pass is two
-deterministic kernels, dq (which also writes delta) and dk/dv (which computes S^T = K Q^T, so that no product is ever transposed, and
-sums over the query heads of its kv head). Bytes moved by the forward: q, out and lse once, k and v once per block of queries
-(from L2 where they fit). No tensor is ever Tq x Tk.
+FlashAttention-2's scheme (Dao, arXiv 2307.08691): a program holds one block of queries and walks the keys, the running
+maximum and sum in base 2 with the scale folded in (LSE below is log2 of the sum; the public functions speak natural
+logarithms); blocks that every row sees whole skip all masks. The backward pass is two deterministic kernels, dq (which
+also writes delta) and dk/dv (which computes S^T = K Q^T, so that no product is ever transposed, and sums over the query
+heads of its kv head). Bytes moved by the forward: q, out and lse once, k and v once per block of queries (from L2 where
+they fit). No tensor is ever Tq x Tk.
 """
 
 import torch
@@ -42,8 +44,8 @@ def _ungrouped(x, n, H):
 
 def _row_blocks(q, k, q_docs, k_docs, scale, causal, offset):
     """
-    Blocks of rows of 2^23 scores at most. Yields slices of the rows and of the keys that they can see, and the block's masked scores
-    (B, G, H/G n, keys) in float32, or float64 for float64.
+    Blocks of rows of 2^23 scores at most. Yields slices of the rows and of the keys that they can see, and the block's
+    masked scores (B, G, H/G n, keys) in float32, or float64 for float64.
     """
     (B, Tq, H, _), (_, Tk, G, _), acc = q.shape, k.shape, torch.promote_types(q.dtype, torch.float32)
     n = max(1, 2**23 // max(1, B * H * Tk))
@@ -94,8 +96,8 @@ def _attention_bwd_ref(dout, dlse, q, k, v, out, lse, q_docs, k_docs, scale, cau
 
 def attention_ref(q, k, v, *, scale, causal, offset=0, q_docs=None, k_docs=None):
     """
-    The meaning of `attention`, in plain torch: (out, lse) in float32, or float64 for float64 inputs. Memory stays bounded: a block of
-    rows at a time, recomputed in the backward pass.
+    The meaning of `attention`, in plain torch: (out, lse) in float32, or float64 for float64 inputs. Memory stays
+    bounded: a block of rows at a time, recomputed in the backward pass.
     """
     acc = torch.promote_types(q.dtype, torch.float32)
     return _Attention.apply(q, k, v, q_docs, k_docs, scale, causal, offset, acc, False)
@@ -330,8 +332,10 @@ def _attention_dkdv_kernel(Q, K, V, DOUT, LSE, DELTA, DK, DV, Q_DOCS, K_DOCS, Q_
     n0 = n_block * BLOCK_N
     n = tl.arange(0, BLOCK_N)
     keys = n0 + n
-    b_k = _tile_load(K + b * stride_kb + g * stride_kh + n0.to(tl.int64) * stride_kt, n, T_K - n0, stride_kt, D, BLOCK_D, True)
-    b_v = _tile_load(V + b * stride_vb + g * stride_vh + n0.to(tl.int64) * stride_vt, n, T_K - n0, stride_vt, D, BLOCK_D, True)
+    K += b * stride_kb + g * stride_kh + n0.to(tl.int64) * stride_kt
+    V += b * stride_vb + g * stride_vh + n0.to(tl.int64) * stride_vt
+    b_k = _tile_load(K, n, T_K - n0, stride_kt, D, BLOCK_D, True)
+    b_v = _tile_load(V, n, T_K - n0, stride_vt, D, BLOCK_D, True)
     lo = 0
     mid = 0
     full = T_Q // BLOCK_M * BLOCK_M
@@ -360,7 +364,8 @@ def _attention_dkdv_kernel(Q, K, V, DOUT, LSE, DELTA, DK, DV, Q_DOCS, K_DOCS, Q_
         start = tl.where(start < mid, start, full)
         b_dk, b_dv = _dkdv_step(
             b_dk, b_dv, b_k, b_v, Q + h * stride_qh, DOUT + h * stride_oh, LSE + h * T_Q, DELTA + h * T_Q, start, keys,
-            key_docs, Q_DOCS, T_Q, T_K, offset, stride_qt, stride_ot, True, CAUSAL, DOCS, SCALE, PRECISION, D, BLOCK_D, BLOCK_M)
+            key_docs, Q_DOCS, T_Q, T_K, offset, stride_qt, stride_ot, True, CAUSAL, DOCS, SCALE, PRECISION, D, BLOCK_D,
+            BLOCK_M)
     if not DOCS:
         whole = tl.maximum(0, full - mid) // BLOCK_M
         for i in range(0, GROUP * whole):
@@ -377,8 +382,9 @@ def _attention_dkdv_kernel(Q, K, V, DOUT, LSE, DELTA, DK, DV, Q_DOCS, K_DOCS, Q_
 # ----------------------------------------------------------------------------------------------------------------------
 # launchers
 
-# (architecture, bytes per element, BLOCK_D) -> kernel -> (BLOCK_M, BLOCK_N, num_warps, num_stages). The largest tiles that compile without
-# spilling a register in 16 bits on Triton 3.6 and 3.9, for MHA and GQA, with and without documents. Not yet timed against each other on a GPU.
+# (architecture, bytes per element, BLOCK_D) -> kernel -> (BLOCK_M, BLOCK_N, num_warps, num_stages). The largest tiles
+# that compile without spilling a register in 16 bits on Triton 3.6 and 3.9, for MHA and GQA, with and without
+# documents. Not yet timed against each other on a GPU.
 TILES = {
     (80, 2, 64): dict(fwd=(128, 64, 8, 3), dq=(128, 64, 8, 3), dkdv=(32, 128, 8, 2)),
     (80, 2, 128): dict(fwd=(64, 64, 4, 2), dq=(64, 64, 8, 2), dkdv=(64, 64, 8, 2)),
@@ -426,8 +432,9 @@ def _strided(x):
 
 def _doc_ranges(docs_a, docs_b, block_a, block_b):
     """
-    For each block of `docs_a` (B, Ta), the range [lo, hi) of blocks of `docs_b` (B, Tb) that can hold an equal id: int32 (B, blocks of a)
-    twice. Exact for sorted ids; for ids in any order a superset (the kernels compare every pair within it).
+    For each block of `docs_a` (B, Ta), the range [lo, hi) of blocks of `docs_b` (B, Tb) that can hold an equal id:
+    int32 (B, blocks of a) twice. Exact for sorted ids; for ids in any order a superset (the kernels compare every pair
+    within it).
     """
     def bounds(docs, block):
         B, T = docs.shape
@@ -436,7 +443,7 @@ def _doc_ranges(docs_a, docs_b, block_a, block_b):
 
     (a_min, a_max), (b_min, b_max) = bounds(docs_a, block_a), bounds(docs_b, block_b)
     upto_max = b_max.cummax(1).values  # blocks before the first whose running maximum reaches a_min are all below it
-    from_min = b_min.flip(1).cummin(1).values.flip(1)  # blocks after the last whose minimum-from-here is <= a_max are all above
+    from_min = b_min.flip(1).cummin(1).values.flip(1)  # and those after the last whose minimum-from-here is <= a_max, above
     lo = torch.searchsorted(upto_max.contiguous(), a_min.contiguous(), out_int32=True)
     hi = torch.searchsorted(from_min.contiguous(), a_max.contiguous(), right=True, out_int32=True)
     return lo.contiguous(), torch.maximum(lo, hi).contiguous()
@@ -562,14 +569,15 @@ def _validate(q, k, v, q_docs, k_docs):
 def attention(q, k, v, *, scale=None, causal=True, q_docs=None, k_docs=None, q_start=0, k_start=0, out_dtype=None,
               return_lse=False):
     """
-    Softmax attention of q (B, Tq, H, D) over k, v (B, Tk, G, D), H a multiple of G, D <= 256, any strides with a contiguous last dim ->
-    out (B, Tq, H, D) in `out_dtype` (default q's), and with return_lse also lse (B, H, Tq) float32 (float64 for float64), the natural
-    logarithm of the softmax denominator; both differentiable, once. A row that sees no key has out 0, lse -inf, gradient 0.
+    Softmax attention of q (B, Tq, H, D) over k, v (B, Tk, G, D), H a multiple of G, D <= 256, any strides with a
+    contiguous last dim -> out (B, Tq, H, D) in `out_dtype` (default q's), and with return_lse also lse (B, H, Tq)
+    float32 (float64 for float64), the natural logarithm of the softmax denominator; both differentiable, once. A row
+    that sees no key has out 0, lse -inf, gradient 0.
 
-    scale > 0 multiplies the scores, default 1/sqrt(D). Row t of q sits at position q_start + t, row t of k at k_start + t; causal: a
-    query sees keys at its own position and before. q_docs (B, Tq), k_docs (B, Tk) int, ids below 2^31: a query sees keys of its own
-    document only.
-    ValueError on sizes that do not fit. FlashAttention-2, Dao, arXiv 2307.08691.
+    scale > 0 multiplies the scores, default 1/sqrt(D). Row t of q sits at position q_start + t, row t of k at k_start +
+    t; causal: a query sees keys at its own position and before. q_docs (B, Tq), k_docs (B, Tk) int, ids below 2^31: a
+    query sees keys of its own document only. ValueError on sizes that do not fit. FlashAttention-2, Dao, arXiv
+    2307.08691.
     """
     _validate(q, k, v, q_docs, k_docs)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
@@ -582,7 +590,8 @@ def attention(q, k, v, *, scale=None, causal=True, q_docs=None, k_docs=None, q_s
         return (out, log2_sum * LN2.value) if return_lse else out
     Tq, Tk = q.shape[1], k.shape[1]
     all_seen = not causal or offset >= Tk - 1
-    if q_docs is None and not return_lse and out_dtype == q.dtype and Tq and Tk and (all_seen or offset == 0 and Tq == Tk):
+    plain = q_docs is None and not return_lse and out_dtype == q.dtype and Tq and Tk
+    if plain and (all_seen or offset == 0 and Tq == Tk):
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale,
                                              is_causal=not all_seen, enable_gqa=q.shape[2] != k.shape[2])
         return out.transpose(1, 2)

@@ -61,7 +61,7 @@ def _decide(device_type: str, dtype: torch.dtype) -> bool:
     else:
         use, why = False, f"the tensors are on {device_type!r}"
     if use and INTERPRET and dtype == torch.bfloat16:
-        raise ValueError("Triton's interpreter computes bfloat16 wrongly: use float16, float32 or float64 with TRITON_INTERPRET=1")
+        raise ValueError("Triton's interpreter computes bfloat16 wrongly: use float16, float32 or float64 with it")
     _log_once(f"kernels: {'triton' if use else 'plain torch reference'} ({why})")
     return use
 
@@ -105,13 +105,14 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 def register(name: str, schema: str, launcher, fake):
     """
-    Makes `launcher` the operator torch.ops.nanolong.<name> on CPU and GPU tensors, opaque to torch.compile, with `fake` giving the outputs'
-    shapes and dtypes. The first argument is a tensor: Triton launches on the current device, so its device is made that.
+    Makes `launcher` the operator torch.ops.nanolong.<name> on CPU and GPU tensors, opaque to torch.compile, with `fake`
+    giving the outputs' shapes and dtypes. The first argument is a tensor: Triton launches on the current device, so its
+    device is made that.
     """
     def on_its_device(x, *args):
         with torch.cuda.device_of(x):
             return launcher(x, *args)
 
     torch.library.define(f"nanolong::{name}", schema)
-    torch.library.impl(f"nanolong::{name}", ("cpu", "cuda"), on_its_device)
+    torch.library.impl(f"nanolong::{name}", ("cpu", "cuda", "mps"), on_its_device)
     torch.library.register_fake(f"nanolong::{name}", fake)

@@ -148,8 +148,6 @@ register("linear_cross_entropy_fwd",
 register("linear_cross_entropy_bwd",
          "(Tensor grad, Tensor x, Tensor weight, Tensor targets, Tensor lse, int ignore_index, bool want_dx, "
          "bool want_dw, bool triton) -> (Tensor, Tensor)", _linear_cross_entropy_bwd, _fake_bwd)
-torch.library.impl("nanolong::linear_cross_entropy_fwd", "mps", _linear_cross_entropy_fwd)  # as the reference
-torch.library.impl("nanolong::linear_cross_entropy_bwd", "mps", _linear_cross_entropy_bwd)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

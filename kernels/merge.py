@@ -4,8 +4,8 @@ The merge of two attention results over disjoint keys, forward and backward.
     lse = ln(exp(lse_a) + exp(lse_b)),   a = exp(lse_a - lse),  b = exp(lse_b - lse),   out = a out_a + b out_b
     dout_a = a dout,   dlse_a = a (dlse + dout . (out_a - out)),   and so for b
 
-out (B, T, H, D), lse (B, H, T), natural logarithm. A part that saw nothing has lse -inf and share 0; two of them give (0, -inf). All in
-float32 (float64 for float64). Bytes moved, e per element: forward 3 B T H D e, backward 6 B T H D e.
+out (B, T, H, D), lse (B, H, T), natural logarithm. A part that saw nothing has lse -inf and share 0; two of them give
+(0, -inf). All in float32 (float64 for float64). Bytes moved, e per element: forward 3 B T H D e, backward 6 B T H D e.
 """
 
 import torch
@@ -127,13 +127,13 @@ class _MergeAttention(torch.autograd.Function):
 
 def merge_attention(out_a, lse_a, out_b, lse_b):
     """
-    Attention over the union of two disjoint sets of keys, from the results over each: out_a, out_b (B, T, H, D), lse_a, lse_b
-    (B, H, T), natural logarithm -> (out, lse), float32 (float64 for float64 inputs), differentiable. Two rows that saw nothing give (0, -inf).
-    Ring attention's merge, Liu et al., arXiv 2310.01889.
+    Attention over the union of two disjoint sets of keys, from the results over each: out_a, out_b (B, T, H, D), lse_a,
+    lse_b (B, H, T), natural logarithm -> (out, lse), float32 (float64 for float64 inputs), differentiable. Two rows
+    that saw nothing give (0, -inf). Ring attention's merge, Liu et al., arXiv 2310.01889.
     """
     if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape or lse_a.shape != out_a.transpose(1, 2).shape[:3]:
-        raise ValueError(f"merge_attention: out_a {tuple(out_a.shape)}, out_b {tuple(out_b.shape)}, lse_a {tuple(lse_a.shape)}, lse_b "
-                         f"{tuple(lse_b.shape)}: outs must be equal, (B, T, H, D), and lses (B, H, T)")
+        raise ValueError(f"merge_attention: out_a {tuple(out_a.shape)}, out_b {tuple(out_b.shape)}, lse_a "
+                         f"{tuple(lse_a.shape)}, lse_b {tuple(lse_b.shape)}: outs must be equal, (B, T, H, D), and lses (B, H, T)")
     if not use_triton(out_a):
         return merge_attention_ref(out_a, lse_a, out_b, lse_b)
     acc = torch.promote_types(out_a.dtype, torch.float32)

@@ -302,6 +302,10 @@ def test_files(tmp_path):
     (tmp_path / "m/model.safetensors").unlink()
     with pytest.raises(ValueError, match="is missing"):
         GPT.from_pretrained(folder)
+    for text, message in (("[]", "has model_type None"), ('{"model_type": "nanolong", "n_layer": "x"}', "wrong type")):
+        (tmp_path / "m/config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            GPT.from_pretrained(folder)
     (tmp_path / "m/config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         GPT.from_pretrained(folder)
@@ -311,7 +315,7 @@ def test_files(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (dict(n_head=5), "n_embd 32 is not divisible by n_head 5"), (dict(n_kv_head=3), "n_head 4 is not divisible by n_kv_head 3"),
-    (dict(n_layer=0), "n_layer is 0"), (dict(head_dim=300), "head_dim is 300"), (dict(attention="flash"), "one of full"),
+    (dict(n_layer=0), "n_layer is 0"), (dict(n_inner=0), "n_inner is 0"), (dict(head_dim=300), "head_dim is 300"), (dict(attention="flash"), "one of full"),
     (dict(norm="batch"), "one of rmsnorm, layernorm"), (dict(head_dim=9), "rotates 9 dims"),
     (dict(rope_fraction=0.1), "rotates 0 dims"), (dict(position="alibi"), "one of rope, none")])
 def test_wrong_configurations(change, message):
