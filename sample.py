@@ -158,7 +158,7 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[GPT, T
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(f"tokenizer {name} has {tokenizer.vocab_size} ids, the model's vocab_size is "
                              f"{model.config.vocab_size}: config.json must name the tokenizer it was trained with")
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:  # JSON of other types than it should be
         raise SystemExit(f"cannot load {folder}: {' '.join(str(e).split())}") from None
     return model.to(device, dtype).eval(), tokenizer
 

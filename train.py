@@ -34,6 +34,9 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Literal
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C while torch is being imported: no traceback
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -44,7 +47,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import Batch, check_length, eval_batches, prefetch, train_batch
 from data.tokenizer import Tokenizer, load_tokenizer
-from data.tokens import TokenFile
+from data.tokens import DataError, TokenFile
+from kernels.backend import use_triton
 from model import GPT, GPTConfig
 
 log = logging.getLogger("nanolong")  # the kernels' too: everything said goes to stdout and to the run's log.txt
@@ -117,11 +121,20 @@ def parse(args: list[str]) -> tuple[TrainConfig, str]:
     if args and args[0].endswith(".py"):
         path, args = Path(args[0]), args[1:]
         config, stem = load_config(path), path.stem
+    elif args and not args[0].startswith("-"):
+        for path in (f"{args[0]}.py", f"config/{args[0]}.py"):
+            if Path(path).is_file():
+                raise ValueError(f"{args[0]} is no config file: did you mean {path}?")
+    for arg in args:
+        if arg.endswith(".py") and Path(arg).is_file():
+            raise ValueError(f"the config file comes first, then the options: python train.py {arg} ...")
     config = tyro.cli(TrainConfig, prog="train.py [config/x.py]", default=config, args=args,
                       description="Trains a GPT. A config file gives the defaults, options change them.")
     for name, least in MINIMUM.items():
         if not getattr(config, name) >= least:
             raise ValueError(f"{name} is {getattr(config, name)}: it must be at least {least}")
+    if config.seed >= 2**63:
+        raise ValueError(f"seed is {config.seed}: it must be in [0, 2^63)")
     return config, stem
 
 
@@ -191,16 +204,16 @@ def total(place: Place, *values: float) -> list[float]:
 
 
 def from_rank0(place: Place, function, *args):
-    """function(*args), called on rank 0 only: every rank gets what it returns, or raises its ValueError."""
+    """function(*args), called on rank 0 only: every rank gets what it returns, or raises its ValueError or OSError."""
     result = [None]
     if place.rank == 0:
         try:
             result = [function(*args)]
-        except ValueError as e:
+        except (ValueError, OSError) as e:
             result = [e]
     if place.world > 1:
         dist.broadcast_object_list(result)
-    if isinstance(result[0], ValueError):
+    if isinstance(result[0], (ValueError, OSError)):
         raise result[0]
     return result[0]
 
@@ -316,12 +329,30 @@ def open_run(run: Path, config: TrainConfig, step: int, memory: MemoryHandler):
     if metrics.exists():
         kept = []
         for line in metrics.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be half a line
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run's last line may be half a line
                 kept += [line + "\n"] if json.loads(line)["step"] <= step else []
         metrics.write_text("".join(kept))
     memory.setTarget(logging.FileHandler(run / "log.txt"))
     memory.capacity = 1
     memory.flush()
+
+
+def start_wandb(run: Path, config: TrainConfig):
+    """Weights & Biases' run, with its files in `run`. ValueError, one line and no folder left, when it cannot start."""
+    import wandb
+    new = not run.exists()
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        return wandb.init(project="nanolong", name=run.name, dir=str(run), config=asdict(config))
+    except wandb.Error as e:
+        if new:
+            shutil.rmtree(run)
+        raise ValueError(f"--wandb: {' '.join(str(e).split())}; without an account: WANDB_MODE=offline") from None
+
+
+def data_identity(data: tuple[TokenFile, TokenFile, Tokenizer]) -> dict:
+    """What a checkpoint keeps of the data, to tell on resume whether they are still the same."""
+    return dict(train_tokens=len(data[0]), validation_tokens=len(data[1]), tokenizer_tag=data[2].tag)
 
 
 def save_checkpoint(run: Path, step: int, model: GPT, optimizer: torch.optim.AdamW, config: TrainConfig,
@@ -363,16 +394,25 @@ def load_checkpoint(folder: Path, wanted: GPTConfig, config: TrainConfig) -> tup
     hint = f"an older one: --resume={older[-1]} --name=ANOTHER" if older else "there is no older one"
     try:
         train = json.loads((folder / "train.json").read_text())
+        train = {"data": {}} | train  # an older one says nothing of its data
+        for key, kind in (("step", int), ("config", dict), ("data", dict)):
+            if not isinstance(train[key], kind):
+                raise ValueError(f"train.json says {key} is {train[key]!r}")
         tokenizer = json.loads((folder / "config.json").read_text()).get("tokenizer")
         model = GPT.from_pretrained(str(folder))
         tensors = load_file(folder / "optimizer.safetensors")
-        for name, _ in model.named_parameters():
-            if not {f"{key}.{name}" for key in ("step", "exp_avg", "exp_avg_sq")} <= tensors.keys():
-                raise ValueError(f"optimizer.safetensors lacks {name}")
-    except (ValueError, SafetensorError) as e:
-        raise ValueError(f"checkpoint {folder} is damaged: {e}; {hint}") from None
+        for name, p in model.named_parameters():
+            for key, shape in ((f"step.{name}", ()), (f"exp_avg.{name}", p.shape), (f"exp_avg_sq.{name}", p.shape)):
+                if tensors[key].shape != shape or tensors[key].dtype != torch.float32:
+                    raise ValueError(f"optimizer.safetensors: {key} is {tensors[key].dtype} "
+                                     f"{tuple(tensors[key].shape)}, expected torch.float32 {tuple(shape)}")
+    except (ValueError, SafetensorError, KeyError, TypeError, AttributeError) as e:
+        why = f"{e} is missing" if isinstance(e, KeyError) else " ".join(str(e).split())
+        raise ValueError(f"checkpoint {folder} is damaged: {why}; {hint}") from None
     differ = [(f.name, getattr(model.config, f.name), getattr(wanted, f.name)) for f in fields(GPTConfig)]
-    differ = [d for d in (("tokenizer", tokenizer, config.tokenizer), *differ) if d[1] != d[2]]
+    if tokenizer != config.tokenizer and load_tokenizer(tokenizer).tag != load_tokenizer(config.tokenizer).tag:
+        differ.insert(0, ("tokenizer", tokenizer, config.tokenizer))
+    differ = [d for d in differ if d[1] != d[2]]
     if differ:
         raise ValueError(f"checkpoint {folder} is of another model than these options make: "
                          + ", ".join(f"{name} {there} there, {here} here" for name, there, here in differ))
@@ -418,7 +458,7 @@ def draw_curve(run: Path):
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     axes = (figure := Figure(figsize=(7, 4), dpi=120)).subplots()
     for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
-        points = [(r["tokens"], r[key]) for r in records if key in r]
+        points = [(r["tokens"], r[key]) for r in records if key in r and "tokens" in r]
         axes.plot(*zip(*points), style, label=label)
     axes.set(xlabel="tokens", ylabel="loss, nats per token", title=run.name)
     axes.grid(alpha=0.3)
@@ -474,6 +514,14 @@ def optimizer_step(forward: torch.nn.Module, optimizer: torch.optim.AdamW, batch
     return nll, norm
 
 
+def diverged(loss: float, norm: float, weights=()) -> str:
+    """What is no finite number after a step, in words: such a step must not be saved. Empty when all is well."""
+    for name, value in (("the loss", loss), ("the norm of the gradient", norm)):
+        if not math.isfinite(value):
+            return f"{name} is {value}"
+    return "" if all(w.isfinite().all() for w in weights) else "the weights are not finite"
+
+
 def predict(forward: torch.nn.Module, batch: Batch, config: TrainConfig, place: Place, steps: int) -> float:
     """Seconds per step, from timed micro-steps on real data; the model and the optimizer stay as they were."""
     times = []
@@ -524,12 +572,16 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
         forward = DistributedDataParallel(model, device_ids=[place.device] if place.device.type == "cuda" else None,
                                           gradient_as_bucket_view=True)
     seconds = predict(forward, load(start), config, place, len(steps))  # per step
-    began, done, loss, progress, caught = time.perf_counter(), start, 0.0, {}, note_signals(place.world)
+    began, done, wrong, caught = time.perf_counter(), start, "", note_signals(place.world)
+    progress = dict(data=data_identity(data))  # what train.json says besides
     clock = lap = None  # (step, time) of the clock's start and of its last reading
     for step, batch in zip(steps, prefetch(load, steps)):
-        n_valid, stopping = total(place, batch.n_valid, bool(caught))
+        next_valid, stopping = total(place, batch.n_valid, bool(caught))
         if stopping:
+            if done > start:
+                wrong = diverged(total(place, nll.item())[0] / n_valid, norm.item(), model.parameters())
             break
+        n_valid = next_valid
         factor = lr_factor(config, step)
         nll, norm = optimizer_step(forward, optimizer, batch, factor, n_valid, config, place)
         done = step + 1
@@ -541,7 +593,8 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
         if not (evaluating or saving or reporting):
             continue
         loss = total(place, nll.item())[0] / n_valid  # .item() waits for the device: the clock can be read
-        if not math.isfinite(loss):
+        wrong = diverged(loss, norm.item(), model.parameters() if saving else ())
+        if wrong:
             break
         record = dict(step=done, tokens=done * config.batch_tokens, loss=loss, lr=config.lr * factor)
         record["grad_norm"] = norm.item()
@@ -561,8 +614,8 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
             if saving:
                 save_checkpoint(run, done, model, optimizer, config, progress)
         lap = lap and (done, time.perf_counter())
-    if not math.isfinite(loss):
-        return 1, f"the loss is {loss} at step {done}: try a smaller --lr or a longer --warmup-steps"
+    if wrong:
+        return 1, f"{wrong} at step {done}: try a smaller --lr or a longer --warmup-steps"
     if done == config.max_steps:
         if place.rank == 0:
             draw_curve(run)
@@ -582,6 +635,7 @@ def setup(args: list[str], memory: MemoryHandler) -> tuple:
     place = choose_place(config)
     batch_tokens, n_micro = resolve_batch(config, place.world)
     config = replace(config, batch_tokens=batch_tokens)
+    use_triton(torch.empty(0, dtype=place.dtype, device=place.device))  # says which kernels run, or why they cannot
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--wandb needs a package that is not installed: pip install wandb")
     tokenizer = load_tokenizer(config.tokenizer)
@@ -603,19 +657,19 @@ def setup(args: list[str], memory: MemoryHandler) -> tuple:
         if start >= config.max_steps:
             raise ValueError(f"{checkpoint} is at step {start}, --max-steps is {config.max_steps}: nothing is left")
         changed = [f"{key} {saved['config'].get(key)} -> {value}" for key, value in asdict(config).items()
-                   if key not in FREE_ON_RESUME | shape.keys() and saved["config"].get(key) != value]
+                   if key not in FREE_ON_RESUME | shape.keys() | {"tokenizer"} and saved["config"].get(key) != value]
+        changed += [f"{key} {saved['data'].get(key)} -> {value}" for key, value in data_identity(data).items()
+                    if saved["data"].get(key, value) != value]
     model.compute_dtype = place.dtype if place.dtype != torch.float32 else None
     model.activation_checkpointing = config.activation_checkpointing
     model.to(place.device)
     optimizer = make_optimizer(model, config, tensors)
     if config.compile:
         model.compile(dynamic=False)  # in place: the names of the weights stay
-    wandb_run = None
-    if place.rank == 0:
-        open_run(run, config, start, memory)
-        if config.wandb:
-            import wandb
-            wandb_run = wandb.init(project="nanolong", name=run.name, dir=str(run), config=asdict(config))
+    wandb_runs = []  # rank 0's; the run's folder is made last, after all that can fail
+    if config.wandb:
+        from_rank0(place, lambda: wandb_runs.append(start_wandb(run, config)))
+    from_rank0(place, open_run, run, config, start, memory)
     for line in (f"run: {run}", *place.reasons,
                  f"data: {config.data}, {count(len(data[0]))} training and {count(len(data[1]))} validation tokens",
                  f"model: {count(model.num_params())} parameters, {count(model.num_params(embeddings=False))} of them "
@@ -625,22 +679,43 @@ def setup(args: list[str], memory: MemoryHandler) -> tuple:
                  *([f"resume: {checkpoint or 'no checkpoint yet'}, after step {start}"] if config.resume else []),
                  *([f"resume: from here on the curve differs by {', '.join(changed)}"] if changed else [])):
         log.info(line)
-    return config, place, run, model, optimizer, data, start, wandb_run
+    return config, place, run, model, optimizer, data, start, wandb_runs[0] if wandb_runs else None
+
+
+class Stdout(logging.StreamHandler):
+    """Where the lines go. A reader that has gone (`| head`) ends the run quietly, in training with a checkpoint."""
+
+    def __init__(self):
+        super().__init__(sys.stdout)
+
+    def handleError(self, record):
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+            return super().handleError(record)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where all later lines go, Python's last too
+        if not callable(signal.getsignal(signal.SIGTERM)):
+            sys.exit(128 + signal.SIGPIPE)
+        signal.raise_signal(signal.SIGTERM)  # which training notes, to stop at the end of the step
 
 
 def main(args: list[str] | None = None):
     """One training; `args` default to the command line's. SystemExit unless it reaches max_steps."""
     rank = int(os.environ.get("RANK", 0))
     memory = MemoryHandler(10**6, flushLevel=logging.CRITICAL + 1)  # holds the lines until the run has a folder
+    logging.raiseExceptions = False  # a log.txt on a full disk: training matters more
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    log.handlers = [logging.StreamHandler(sys.stdout), memory] if rank == 0 else [logging.StreamHandler()]
+    log.handlers = [Stdout(), memory] if rank == 0 else [logging.StreamHandler()]
     try:
         state = setup(sys.argv[1:] if args is None else args, memory)
-    except (ValueError, OSError) as e:  # only here: in training either would be a bug and shows its traceback
+    except (ValueError, OSError) as e:  # in training either would be a bug and shows its traceback
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.exit(f"error{f' on rank {rank}' if rank else ''}: {e}")
-    code, words = train(*state)
+    try:
+        code, words = train(*state)
+    except DataError as e:  # perhaps on this rank alone: torchrun ends the others
+        sys.exit(f"error{f' on rank {rank}' if rank else ''}: {e}")
+    if code == 1 and rank == 0:
+        log.handlers = [memory]  # log.txt alone: the same line goes to stderr
     log.info(words)
     memory.close()
     if state[-1] is not None:  # wandb's run
@@ -649,10 +724,15 @@ def main(args: list[str] | None = None):
         total(state[1], 0)  # gloo's threads may abort a process that leaves while others still talk to it
         dist.destroy_process_group()
     if code:
-        sys.exit(f"error: {words}" if code == 1 else code)
+        sys.exit(f"error: {words}" if code == 1 and rank == 0 else code)
 
 
 if __name__ == "__main__":
-    from train import main  # config files import TrainConfig from `train`: run that module, not a second copy of it
+    try:
+        from train import main  # config files import TrainConfig from `train`: run that module, not a second copy of it
 
-    main()
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        main()
+    except KeyboardInterrupt:  # before the first step, or the second one
+        sys.exit(130)

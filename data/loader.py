@@ -16,6 +16,8 @@ from typing import Callable, Iterator, NamedTuple
 import numpy as np
 import torch
 
+from data.tokens import DataError
+
 IGNORE = -100  # a target that is no target; the model's loss leaves it out
 
 
@@ -57,7 +59,7 @@ def _stack(file, starts: np.ndarray, lengths: np.ndarray, T: int, with_docs: boo
     Windows of the token stream at `starts`, with `lengths` <= T targets each -> Batch of x, y, docs (n, T).
 
     With documents, attention stays inside one, so a target in another document than its input has nothing to go by and
-    is left out. Places past a window's length are 0 in x and IGNORE in y.
+    is left out. Places past a window's length are 0 in x and IGNORE in y. DataError for an id outside the vocabulary.
     """
     x = np.zeros((len(starts), T), np.int64)
     y = np.full((len(starts), T), IGNORE, np.int64)
@@ -66,6 +68,9 @@ def _stack(file, starts: np.ndarray, lengths: np.ndarray, T: int, with_docs: boo
         if n == 0:
             continue
         window = file.tokens[start : start + n + 1]
+        if window.max() >= file.vocab_size:
+            raise DataError(f"{file.path} is damaged: token {window.max()} within {n + 1} from token {start} on, its "
+                            f"vocabulary is {file.vocab_size}: delete it and prepare it again")
         x[row, :n], y[row, :n] = window[:-1], window[1:]
         if with_docs:
             number = np.searchsorted(file.doc_offsets, np.arange(start, start + n + 1), side="right")

@@ -22,6 +22,10 @@ VERSION = 1
 HEADER = struct.Struct("<8sIIQQQ88s")  # magic, version, bytes per token, vocab_size, n_tokens, n_docs, tokenizer
 
 
+class DataError(ValueError):
+    """A token file turns out to be damaged while it is read."""
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest dtype that holds every id: '<u2' or '<u4'. ValueError for a vocabulary that neither holds."""
     if not 1 <= vocab_size <= 2**32:

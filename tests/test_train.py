@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from data.loader import train_batch
@@ -347,10 +347,38 @@ def test_learns(tiny, tmp_path):
     assert records(tmp_path / "learns", "val_bits_per_byte")[150][0] < 3.2
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tiny, tmp_path):
+def test_a_loss_that_is_no_number_stops_the_run(tiny, tmp_path, capsys):
     message = fails(*tiny, "--name=wild", "--lr=1e30", "--grad-clip=0", "--max-steps=50")
-    assert "the loss is nan at step" in message or "the loss is inf at step" in message
+    assert " at step " in message and "try a smaller --lr" in message
+    assert "try a smaller --lr" not in capsys.readouterr().out  # stderr has it
+    assert (tmp_path / "wild" / "log.txt").read_text().count("try a smaller --lr") == 1
     assert not train.checkpoints(tmp_path / "wild")
+
+
+def test_a_diverged_run_saves_nothing_that_is_no_number(tiny, tmp_path):
+    message = fails(*tiny, "--name=wild", "--lr=1e30", "--grad-clip=0", "--warmup-steps=0", "--save-every=1",
+                    "--keep=1")
+    assert " at step 2: " in message or " at step 3: " in message
+    (kept,) = train.checkpoints(tmp_path / "wild")
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert all(x.isfinite().all() for x in load_file(kept / name).values())
+
+
+def test_a_diverged_run_that_a_signal_stops_saves_nothing(tiny, tmp_path, monkeypatch):
+    step, steps = train.optimizer_step, []
+
+    def broken(forward, *args):
+        nll, norm = step(forward, *args)
+        steps.append(1)
+        if len(steps) == 3:
+            next(forward.parameters()).data[0, 0] = math.nan
+            os.kill(os.getpid(), signal.SIGTERM)
+        return nll, norm
+
+    monkeypatch.setattr(train, "optimizer_step", broken)
+    assert "the weights are not finite at step 3" in fails(*tiny, "--name=cut", "--log-every=8", "--eval-every=0")
+    assert not train.checkpoints(tmp_path / "cut")
+    assert train.diverged(1.0, math.inf) == "the norm of the gradient is inf" and not train.diverged(1.0, 1.0)
 
 
 # command line and configuration files
@@ -422,7 +450,8 @@ def test_a_mistake_is_one_line_and_no_traceback(tiny, tmp_path):
     (["--tokenizer=gpt2"], ["train.gpt2.tokens", "prepare.py", "--tokenizer gpt2"]),
     (["--tokenizer=gtp2"], ["gtp2", "gpt2"]),
     (["--data=nowhere"], ["nowhere/train.byte.tokens", "prepare.py"]),
-    (["--seed=-1"], ["seed is -1", "0"]), (["--max-steps=0"], ["max_steps is 0", "1"]), (["--lr=nan"], ["lr is nan"]),
+    (["--seed=-1"], ["seed is -1", "0"]), ([f"--seed={2**63}"], [f"seed is {2**63}", "2^63"]),
+    (["config/quickstart.py"], ["comes first", "config/quickstart.py"]), (["--max-steps=0"], ["max_steps is 0", "1"]), (["--lr=nan"], ["lr is nan"]),
     (["--keep=0"], ["keep is 0", "1"]), (["--name=a/b"], ["a/b"]), (["--attention=ful"], ["ful", "full"]),
     (["--name=gone", "--resume=auto"], ["no such run", "gone"]), (["--resume=auto"], ["no such run"]),
     (["--resume=nowhere/step_0000001"], ["nowhere/step_0000001", "model.safetensors"]),
@@ -431,6 +460,16 @@ def test_mistakes(tiny, tmp_path, args, words):
     message = fails(*tiny, *args)
     assert all(word in message for word in words), message
     assert not list(tmp_path.iterdir())  # and no run was begun
+
+
+def test_the_config_file_is_given_in_other_ways(tiny):
+    for name in ("config/quickstart", "quickstart"):
+        assert "did you mean config/quickstart.py?" in fails(name, *tiny)
+
+
+def test_unknown_kernels(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOLONG_KERNELS", "foo")
+    assert "NANOLONG_KERNELS='foo'" in fails(*tiny) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
@@ -446,6 +485,17 @@ def test_damaged_token_file(tiny, tmp_path, data):
         (bad / f"{split}.byte.tokens").write_bytes((data / f"{split}.byte.tokens").read_bytes()[:-5])
     message = fails(*tiny, f"--data={bad}")
     assert "cut short" in message and "train.byte.tokens" in message
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_ids_outside_the_vocabulary(tiny, tmp_path, data, split):
+    for name in ("train", "validation"):
+        raw = bytearray((data / f"{name}.byte.tokens").read_bytes())
+        if name == split:
+            raw[128:-1000] = b"\xff\xff" * (len(raw[128:-1000]) // 2) + raw[128:-1000][:len(raw[128:-1000]) % 2]
+        (tmp_path / f"{name}.byte.tokens").write_bytes(raw)
+    message = fails(*tiny, f"--data={tmp_path}", "--name=ids")
+    assert all(word in message for word in (f"{split}.byte.tokens", "65535", "257", "prepare it again")), message
 
 
 def test_a_run_is_not_overwritten(tiny, whole):
@@ -468,6 +518,48 @@ def test_another_model_or_tokenizer_is_refused_on_resume(tiny, whole):
     assert "tokenizer gpt2 there, byte here" in fails(*tiny, *more)
 
 
+def test_the_path_of_a_tokenizer_and_the_size_of_the_data_on_resume(tmp_path, whole, data, tiny, monkeypatch, capsys):
+    start = whole / "step_0000004"
+    path = start / "config.json"
+    path.write_text(path.read_text().replace('"byte"', '"moved/tokenizer.json"'))
+    monkeypatch.setattr(train, "load_tokenizer", lambda name: load_tokenizer("byte"))  # two names of one tokenizer
+    saved = json.loads((start / "train.json").read_text())
+    files = [TokenFile(data / f"{split}.byte.tokens") for split in ("train", "validation")]
+    assert saved["data"] == dict(train_tokens=len(files[0]), validation_tokens=len(files[1]), tokenizer_tag="byte")
+    saved["data"]["train_tokens"] = 7
+    (start / "train.json").write_text(json.dumps(saved))
+    train.main([*tiny, "--name=other", f"--resume={start}", "--max-steps=5"])
+    out = capsys.readouterr().out
+    assert f"differs by max_steps 8 -> 5, train_tokens 7 -> {len(files[0])}\n" in out
+
+
+@pytest.mark.parametrize("name, text", [
+    ("train.json", "[]"), ("train.json", "{}"), ("train.json", "null"), ("train.json", '{"step": "8"}'),
+    ("config.json", "[]"), ("config.json", "{}"), ("config.json", '{"model_type": "nanolong", "n_layer": "2"}')])
+def test_json_of_another_shape_is_one_line(tiny, whole, name, text):
+    (whole / "step_0000008" / name).write_text(text)
+    message = fails(*tiny, "--name=whole", "--resume=auto", "--max-steps=9")
+    assert "step_0000008" in message and "damaged" in message and "step_0000006" in message
+
+
+def test_odd_lines_in_the_metrics_are_dropped(tiny, whole):
+    path = whole / "metrics.jsonl"
+    path.write_text('{}\n[]\n3\n{"step": "x"}\n' + path.read_text())
+    train.main([*tiny, "--name=whole", "--resume=auto", "--max-steps=9"])
+    assert list(records(whole)) == list(range(1, 10))
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:1], lambda x: x.double(), lambda x: None])
+def test_an_optimizer_that_does_not_fit_is_one_line(tiny, whole, change):
+    """torch's fused AdamW would read and write beyond such tensors."""
+    path = whole / "step_0000008" / "optimizer.safetensors"
+    tensors = load_file(path)
+    tensors["exp_avg_sq.wte.weight"] = change(tensors["exp_avg_sq.wte.weight"])
+    save_file({key: x for key, x in tensors.items() if x is not None}, path)
+    message = fails(*tiny, "--name=whole", "--resume=auto", "--max-steps=9")
+    assert "damaged" in message and "exp_avg_sq.wte.weight" in message and "step_0000006" in message
+
+
 @pytest.mark.parametrize("name", train.CHECKPOINT_FILES)
 def test_a_checkpoint_cut_short_is_one_line(tiny, whole, name):
     path = whole / "step_0000008" / name
@@ -476,6 +568,25 @@ def test_a_checkpoint_cut_short_is_one_line(tiny, whole, name):
         path.write_bytes(raw[:size])
         message = fails(*tiny, "--name=whole", "--resume=auto", "--max-steps=9")
         assert "step_0000008" in message and "damaged" in message and "step_0000006" in message
+
+
+def test_a_closed_pipe_ends_the_run_quietly_with_a_checkpoint(tiny, tmp_path):
+    command = [sys.executable, "train.py", *tiny, "--name=piped", "--max-steps=100000"]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while b"step 3/" not in process.stdout.readline():
+        assert process.poll() is None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 143 and process.stderr.read() == b""
+    assert len(train.checkpoints(tmp_path / "piped")) == 1
+
+
+def test_ctrl_c_during_the_imports(tiny, tmp_path):
+    process = subprocess.Popen([sys.executable, "train.py", *tiny], cwd=ROOT, env=ENV, stderr=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == b"" and process.returncode == 130
+    assert not list(tmp_path.iterdir())
 
 
 # wandb
@@ -491,6 +602,18 @@ def test_wandb_offline(tiny, tmp_path, monkeypatch):
     while b"grad_norm" not in logged[0].read_bytes() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert b"grad_norm" in logged[0].read_bytes() and len(logged) == 1
+
+
+def test_wandb_that_does_not_start_is_one_line(tiny, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def init(**kwargs):
+        raise wandb.errors.UsageError("no API key\nconfigured")
+
+    monkeypatch.setattr(wandb, "init", init)
+    message = fails(*tiny, "--wandb")
+    assert "no API key configured" in message and "WANDB_MODE=offline" in message
+    assert not list(tmp_path.iterdir())
 
 
 def test_wandb_absent(tiny, monkeypatch):
