@@ -61,14 +61,22 @@ def book_order(path: Path) -> tuple[int, str]:
 
 
 def encode_book(path: Path, tokenizer: Tokenizer) -> np.ndarray:
-    """The ids of a UTF-8 file, byte for byte (no newline translation), then end-of-text: (n,) uint32."""
+    """
+    The ids of a UTF-8 file, byte for byte (no newline translation), then end-of-text: (n,) uint32. ValueError when it
+    is not UTF-8, or when a tokenizer.json does not give its bytes back (but for the space that it may put before them).
+    """
     raw = path.read_bytes()
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8, byte 0x{raw[error.start]:02x} at offset {error.start} of {len(raw)}; "
                          f"convert it, for instance: iconv -f latin1 -t utf-8 {path} > fixed.txt") from None
-    return np.array(tokenizer.encode(text) + [tokenizer.eot], dtype=np.uint32)
+    ids = tokenizer.encode(text)
+    if tokenizer.name not in ("byte", "gpt2") and (back := tokenizer.decode(ids)) not in (raw, b" " + raw):
+        where = len(os.path.commonprefix([raw, back.removeprefix(b" ") if raw[:1] != b" " else back]))
+        raise ValueError(f"{path}: {len(raw)} bytes become {len(back)} in {tokenizer.name}, which loses or changes the "
+                         f"text from offset {where} on: use another tokenizer, e.g. gpt2")
+    return np.array(ids + [tokenizer.eot], dtype=np.uint32)
 
 
 def _up_to_date(path: Path, books: list[Path], tokenizer: Tokenizer) -> bool:

@@ -30,7 +30,7 @@ from data.tokens import HEADER, TokenFile, TokenWriter
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "data" / "sample"
 GPT2_GOLDENS = json.loads((Path(__file__).parent / "gpt2_goldens.json").read_text())
-STORIES = ROOT.parent / "shared" / "data" / "stories260k"
+TEST_DATA = os.environ.get("NANOLONG_TEST_DATA")  # a folder of larger files, for the tests that need them
 # every width of UTF-8, combining marks, a BOM, control characters, CRLF, runs of spaces, and control tokens' names
 HARD_TEXT = ("Hello, world!  a\r\n\n\tb   c\ufeff\x00\x7f caf\u00e9 cafe\u0301 \u65e5\u672c\u8a9e \u2581 "
              "\U0001f600\U0001f44d\U0001f3fd <|endoftext|> </s> <s><unk><0x41> 1234567 don't " + "x" * 300 + " " * 300)
@@ -285,11 +285,12 @@ def test_metaspace_tokenizer_json(tmp_path):
     assert tokenizer.decode([0, 1, 2]) == b"" and len(ids) < len(text.encode("utf-8"))
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason="needs the stories260K tokenizer")
+@pytest.mark.skipif(TEST_DATA is None, reason="NANOLONG_TEST_DATA names no folder with stories260k/")
 def test_stories260k_tokenizer_json():
     pytest.importorskip("tokenizers")
-    tokenizer = load_tokenizer(STORIES / "tokenizer.json")
-    golden = json.loads((STORIES / "greedy_golden.json").read_text())
+    stories = Path(TEST_DATA) / "stories260k"
+    tokenizer = load_tokenizer(stories / "tokenizer.json")
+    golden = json.loads((stories / "greedy_golden.json").read_text())
     assert (tokenizer.vocab_size, tokenizer.eot) == (512, 2) and tokenizer.tag.startswith("stories260k-")
     assert tokenizer.decode(golden["greedy_ids"]).decode("utf-8").startswith(" " + golden["text"])
     assert tokenizer.encode("Once upon a time,") == golden["greedy_ids"][1:6] == [403, 407, 261, 378, 432]
@@ -311,6 +312,20 @@ def test_tokenizer_json_refusals(tmp_path):
         with pytest.raises(ValueError) as error:
             load_tokenizer(path)
         one_line(error, path)
+
+
+def test_a_tokenizer_json_that_drops_text_is_refused(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "b": 1, "</s>": 2}, merges=[]))
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf.decoder = tokenizers.decoders.ByteLevel()
+    hf.save(str(tmp_path / "tokenizer.json"))
+    write_books(tmp_path, {"train/1.txt": "abba", "test/1.txt": "abcba"})
+    options = dict(source=tmp_path, out=tmp_path / "out", tokenizer_name=str(tmp_path / "tokenizer.json"))
+    assert TokenFile(prepare_folder(**options, splits=("train",))["train"]).tokens.tolist() == [0, 1, 1, 0, 2]
+    with pytest.raises(ValueError) as error:
+        prepare_folder(**options, splits=("test",))
+    one_line(error, tmp_path / "test" / "1.txt", "5 bytes", "become 4", "offset 2", "tokenizer.json")
 
 
 # ---- folders of books
@@ -485,7 +500,7 @@ class Bucket:
         if fault == "drop" or (fault == "truncate" and not body):
             return request.connection.shutdown(socket.SHUT_RDWR)
         if fault == "delay":
-            time.sleep(1.0)
+            time.sleep(3.0)  # longer than the client's timeout
         status = fault if isinstance(fault, int) else 404 if body is None else 200
         body = body if status == 200 else b"no"
         request.send_response(status)
@@ -527,7 +542,7 @@ def on_disk(folder):
 
 
 def download(bucket, out, **kwargs):
-    options = dict(out=out, base_url=bucket.url, timeout=0.3, backoff=0.01)
+    options = dict(out=out, base_url=bucket.url, timeout=1.0, backoff=0.01, tries=20)
     Downloader(Options(**{**options, **kwargs})).download()
 
 
@@ -540,7 +555,7 @@ def test_download_survives_every_fault_and_resumes(tmp_path, bucket):
     download(bucket, tmp_path)
     assert on_disk(tmp_path) == books
     assert not any(bucket.faults.values())  # each was met
-    assert [bucket.requests[name] for name in names] == [len(fault) + 1 for fault in faults]
+    assert all(bucket.requests[name] >= len(fault) + 1 for name, fault in zip(names, faults, strict=True))
     assert bucket.requests["train/../evil.txt"] == 0
 
     bucket.requests.clear()
@@ -557,9 +572,9 @@ def test_download_gives_up_in_one_line(tmp_path, bucket):
     md5 = hashlib.md5(bucket.files[name]).hexdigest()
     for fault, parts in [("truncate", ["4 tries", "bytes"]), ("garble", ["4 tries", md5]),
                          ("delay", ["4 tries", "timed out"]), (503, ["4 tries", "503"]), (404, ["404", "--base-url"])]:
-        bucket.faults = {name: [fault] * 9}
+        bucket.faults = {name: [fault] * 99}
         with pytest.raises(ValueError) as error:
-            download(bucket, tmp_path, tries=4, splits=("test",), timeout=0.1)
+            download(bucket, tmp_path, tries=4, splits=("test",), timeout=0.5)
         one_line(error, f"{bucket.url}/deepmind-gutenberg/{name}", *parts)
         assert on_disk(tmp_path).keys() <= {"metadata.csv"}
     with pytest.raises(ValueError) as error:
@@ -601,7 +616,7 @@ def test_an_interrupted_download_goes_on(tmp_path, bucket, how):
     while len(list(tmp_path.glob("*/[!.]*.txt"))) < 20 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(how)
-    stderr = process.communicate(timeout=20)[1]
+    stderr = process.communicate(timeout=120)[1]
     done, books = on_disk(tmp_path), books_of(bucket)
     whole = {name for name, raw in done.items() if not name.endswith(".tmp")}
     assert 20 <= len(whole) < len(books) and all(done[name] == books[name] for name in whole)

@@ -167,8 +167,11 @@ class Downloader:
 def _is_whole(path: Path, item: Item) -> bool:
     if not path.is_file() or path.stat().st_size != item.size:
         return False
+    md5 = hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
-        return item.md5 in (None, hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest())
+        while block := file.read(BLOCK):
+            md5.update(block)
+    return item.md5 in (None, md5.hexdigest())
 
 
 def main() -> None:
