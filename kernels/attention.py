@@ -386,10 +386,10 @@ def _attention_dkdv_kernel(Q, K, V, DOUT, LSE, DELTA, DK, DV, Q_DOCS, K_DOCS, Q_
 # that compile without spilling a register in 16 bits on Triton 3.6 and 3.9, for MHA and GQA, with and without
 # documents. Not yet timed against each other on a GPU.
 TILES = {
-    (80, 2, 64): dict(fwd=(128, 64, 8, 3), dq=(128, 64, 8, 3), dkdv=(32, 128, 8, 2)),
+    (80, 2, 64): dict(fwd=(128, 64, 8, 3), dq=(128, 64, 8, 3), dkdv=(32, 64, 8, 2)),
     (80, 2, 128): dict(fwd=(64, 64, 4, 2), dq=(64, 64, 8, 2), dkdv=(64, 64, 8, 2)),
     (80, 2, 256): dict(fwd=(64, 64, 8, 2), dq=(64, 32, 8, 2), dkdv=(16, 64, 8, 3)),
-    (89, 2, 64): dict(fwd=(128, 64, 8, 3), dq=(128, 64, 8, 3), dkdv=(32, 128, 8, 2)),
+    (89, 2, 64): dict(fwd=(128, 64, 8, 3), dq=(128, 64, 8, 3), dkdv=(32, 64, 8, 2)),
     (89, 2, 128): dict(fwd=(128, 64, 8, 3), dq=(64, 64, 8, 2), dkdv=(32, 64, 8, 2)),
     (89, 2, 256): dict(fwd=(64, 32, 8, 2), dq=(64, 32, 8, 1), dkdv=(32, 32, 8, 2)),
     (90, 2, 64): dict(fwd=(128, 64, 8, 3), dq=(128, 64, 8, 3), dkdv=(64, 128, 8, 2)),
