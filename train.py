@@ -111,7 +111,7 @@ class TrainConfig:
 
 FREE_ON_RESUME = {"name", "out", "resume", "log_every", "eval_every", "eval_tokens", "save_every", "keep", "wandb",
                   "batch_size", "device", "compile", "activation_checkpointing"}  # batch_tokens is what counts
-MINIMUM = dict(max_steps=1, log_every=1, eval_every=0, eval_tokens=1, save_every=0, keep=1, vocab_multiple=1, seed=0,
+MINIMUM = dict(max_steps=1, log_every=1, eval_every=0, eval_tokens=1, save_every=0, keep=1, vocab_multiple=1,
                block_size=1, batch_size=1, lr=0, warmup_steps=0, final_lr=0, wsd_decay=0, weight_decay=0, grad_clip=0)
 
 
@@ -133,7 +133,7 @@ def parse(args: list[str]) -> tuple[TrainConfig, str]:
     for name, least in MINIMUM.items():
         if not getattr(config, name) >= least:
             raise ValueError(f"{name} is {getattr(config, name)}: it must be at least {least}")
-    if config.seed >= 2**63:
+    if not 0 <= config.seed < 2**63:
         raise ValueError(f"seed is {config.seed}: it must be in [0, 2^63)")
     return config, stem
 

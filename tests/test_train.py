@@ -249,11 +249,13 @@ for size in (3, 2):
 
 def test_a_mistake_that_only_rank_0_sees_ends_all_ranks(tiny, tmp_path):
     (tmp_path / "taken").mkdir()
-    done = torchrun("train.py", *tiny, "--batch-size=2", "--name=taken")
-    assert done.returncode == 1
-    ours = [line for line in done.stderr.splitlines() if "taken exists" in line]
-    assert {line.split(": ")[0] for line in ours} <= {"error", "error on rank 1"} and ours
-    assert "[rank" not in done.stderr  # where torch puts the ranks' tracebacks
+    (tmp_path / "file").touch()
+    for args, words in ((["--name=taken"], "taken exists"), ([f"--out={tmp_path}/file"], "Not a directory")):
+        done = torchrun("train.py", *tiny, "--batch-size=2", *args)
+        assert done.returncode == 1
+        ours = [line for line in done.stderr.splitlines() if words in line]
+        assert {line.split(": ")[0] for line in ours} <= {"error", "error on rank 1"} and ours
+        assert "[rank" not in done.stderr  # where torch puts the ranks' tracebacks
 
 
 def test_first_step_is_the_mean_gradient_over_the_valid_targets(tiny, tmp_path, data):
@@ -451,7 +453,8 @@ def test_a_mistake_is_one_line_and_no_traceback(tiny, tmp_path):
     (["--tokenizer=gtp2"], ["gtp2", "gpt2"]),
     (["--data=nowhere"], ["nowhere/train.byte.tokens", "prepare.py"]),
     (["--seed=-1"], ["seed is -1", "0"]), ([f"--seed={2**63}"], [f"seed is {2**63}", "2^63"]),
-    (["config/quickstart.py"], ["comes first", "config/quickstart.py"]), (["--max-steps=0"], ["max_steps is 0", "1"]), (["--lr=nan"], ["lr is nan"]),
+    (["config/quickstart.py"], ["comes first", "config/quickstart.py"]),
+    (["--max-steps=0"], ["max_steps is 0", "1"]), (["--lr=nan"], ["lr is nan"]),
     (["--keep=0"], ["keep is 0", "1"]), (["--name=a/b"], ["a/b"]), (["--attention=ful"], ["ful", "full"]),
     (["--name=gone", "--resume=auto"], ["no such run", "gone"]), (["--resume=auto"], ["no such run"]),
     (["--resume=nowhere/step_0000001"], ["nowhere/step_0000001", "model.safetensors"]),
@@ -492,7 +495,8 @@ def test_ids_outside_the_vocabulary(tiny, tmp_path, data, split):
     for name in ("train", "validation"):
         raw = bytearray((data / f"{name}.byte.tokens").read_bytes())
         if name == split:
-            raw[128:-1000] = b"\xff\xff" * (len(raw[128:-1000]) // 2) + raw[128:-1000][:len(raw[128:-1000]) % 2]
+            end = 128 + 2 * TokenFile(data / f"{name}.byte.tokens").n_tokens
+            raw[128:end] = b"\xff" * (end - 128)
         (tmp_path / f"{name}.byte.tokens").write_bytes(raw)
     message = fails(*tiny, f"--data={tmp_path}", "--name=ids")
     assert all(word in message for word in (f"{split}.byte.tokens", "65535", "257", "prepare it again")), message
