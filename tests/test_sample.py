@@ -427,6 +427,7 @@ def test_a_checkpoint_cut_short(run, name, keep):
     ({"tokenizer": "bite"}, "unknown tokenizer 'bite' (did you mean byte?)"),
     ({"tokenizer": "gone/tokenizer.json"}, "gone/tokenizer.json: no such file"),
     ({"tokenizer": None}, "config.json names no tokenizer"),
+    ({"tokenizer": 3}, "not int"),
     ({"tokenizer": "gpt2"}, "tokenizer gpt2 has 50257 ids, the model's vocab_size is 320"),
     ({"n_layer": 3}, "does not fit its config.json"),
     ({"vocab_size": 257}, "does not fit its config.json"),
