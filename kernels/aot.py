@@ -5,8 +5,8 @@ Ahead-of-time compilation: what the kernels would launch, for a GPU that is not 
         rms_norm(x, weight, 1e-5)             # or its launchers; CPU tensors: compiled and recorded, not run
     kernels[0].registers, kernels[0].spill, kernels[0].shared, ...
 
-The specialisation (pointer types, divisibility by 16, constexprs, tile, warps, stages) is that of a real launch, because it
-is one, up to the last step. Outputs stay uninitialised: only shapes, strides and dtypes count.
+The specialisation (pointer types, divisibility by 16, constexprs, tile, warps, stages) is that of a real launch,
+because it is one, up to the last step. Outputs stay uninitialised: only shapes, strides and dtypes count.
 Needs Triton and no TRITON_INTERPRET; works alike on Triton 3.6 to 3.9.
 """
 
@@ -108,8 +108,8 @@ def _measure(compiled, arch: int | str) -> Kernel:
     names = compiled.src.fn.arg_names
     constexprs = {names[path[0]]: value for path, value in compiled.src.constants.items() if len(path) == 1}
     occupancy = _occupancy(arch, registers, meta.shared, meta.num_warps)
-    return Kernel(compiled.name, arch, constexprs, meta.num_warps, meta.num_stages, registers, spill, meta.shared, wgmma,
-                  mma, cp_async, has_f64, occupancy)
+    return Kernel(compiled.name, arch, constexprs, meta.num_warps, meta.num_stages, registers, spill, meta.shared,
+                  wgmma, mma, cp_async, has_f64, occupancy)
 
 
 class _AbsentDriver:
@@ -137,8 +137,8 @@ class _AbsentDriver:
 def compile_for(arch: int | str):
     """
     Within the `with`, a launched Triton kernel is compiled for `arch` (a key of GPUS) instead of run, and the public
-    functions take their Triton path for CPU tensors. Yields the list that fills with one Kernel per distinct compiled kernel.
-    ValueError for an unknown `arch`, without Triton and with TRITON_INTERPRET=1.
+    functions take their Triton path for CPU tensors. Yields the list that fills with one Kernel per distinct compiled
+    kernel. ValueError for an unknown `arch`, without Triton and with TRITON_INTERPRET=1.
     """
     if arch not in GPUS:
         raise ValueError(f"compile_for: arch {arch!r} is unknown, it must be one of {list(GPUS)}")

@@ -1,13 +1,15 @@
 """
 Every kernel against its peers, one table, checked before it is timed.
 
-    python -m kernels.bench [attention rope rms_norm swiglu linear_cross_entropy model]      # all of them by default
+    python -m kernels.bench [attention merge_attention rope rms_norm swiglu linear_cross_entropy model]   # default: all
 
-A kernel is first compared with its float64 reference: a wrong one is reported, not timed, and the exit status is 1.
+A kernel's output and gradients are compared with those of plain torch or SDPA, at a small shape and at each that is
+timed: what is wrong is marked WRONG, not timed, and the exit status is 1.
 On a GPU: device events, L2 flushed before every repetition, medians; peers and ceilings (a large copy, a large bfloat16
 matmul) are measured in the same run. Writes kernels/results/<gpu>.json.
-Without a GPU: the check runs in Triton's interpreter, then every kernel and tile is compiled for the GPUs of --arch: the table
-shows registers, spills, matrix and asynchronous-copy instructions, shared memory, programs per multiprocessor.
+Without a GPU: the check runs in Triton's interpreter, then every kernel and tile is compiled for the GPUs of --arch:
+the table shows registers, spills, matrix and asynchronous-copy instructions, shared memory, programs per
+multiprocessor.
 `model` times training steps of model.py against the same model in plain torch, on any device.
 
 Only useful FLOPs count: causal attention 2 B H T^2 D forward, 2.5 times that backward; the loss 6 N C V.
@@ -33,35 +35,36 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from kernels import aot, backend
-from kernels.attention import TILES, attention, attention_ref
+from kernels.attention import TILES, attention
 from kernels.loss import linear_cross_entropy
-from kernels.norm import rms_norm, rms_norm_ref
+from kernels.merge import merge_attention
+from kernels.norm import rms_norm
 from kernels.rope import rope, rope_frequencies, rope_ref, rope_turns
-from kernels.swiglu import swiglu, swiglu_ref
+from kernels.swiglu import swiglu
 
-KernelName = Literal["attention", "rope", "rms_norm", "swiglu", "linear_cross_entropy", "model"]
+KernelName = Literal["attention", "merge_attention", "rope", "rms_norm", "swiglu", "linear_cross_entropy", "model"]
 KERNELS = get_args(KernelName)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What a kernel is measured with. A shape is a dict of sizes; ours, ref, plain and the peers take what `make` gives."""
+    """What a kernel is measured with. A shape is a dict of sizes; the functions take what `make` gives."""
 
     kernel: str
     make: Callable  # (device, dtype, **shape) -> inputs; those that require grad are differentiated
     ours: Callable
-    ref: Callable  # the meaning, run in float64
-    plain: Callable  # naive torch in the inputs' dtype: twice its error is what ours may have
+    ref: Callable  # plain torch, run in float64, or float32 at the timed shapes
+    plain: Callable  # plain torch, run in the inputs' dtype: twice its error is what ours may have
     peers: dict[str, Callable]
-    work: Callable  # (pass, bytes per element, **shape) -> FLOPs or bytes
+    work: Callable | None  # (pass, bytes per element, **shape) -> FLOPs or bytes
     unit: Literal["TFLOP/s", "GB/s"]
     tiny: dict  # the shape checked in the interpreter
-    small: dict  # the shape checked on a GPU
-    timed: list[dict]
+    small: dict  # the shape checked on a GPU, where the blocks are not full
+    timed: list[dict]  # the shapes checked and timed on a GPU
     compiled: Callable  # (architecture) -> list of (dtype, shape) compiled without a GPU
-    passes: tuple[str, ...] = ("fwd", "bwd")
     variants: dict[str, Callable] = dataclasses.field(default_factory=dict)  # of ours, compiled too
 
 
@@ -81,9 +84,9 @@ def inductor(fn):
 # ----------------------------------------------------------------------------------------------------------------------
 # the cases
 
-def sdpa(attention_backend):
+def sdpa(*backends):
     def run(q, k, v):
-        with sdpa_kernel(attention_backend):
+        with sdpa_kernel(list(backends)):
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
             return out.transpose(1, 2)
@@ -105,8 +108,10 @@ def attention_cases():
     def make(device, dtype, B, T, H, G, D):
         return [randn(device, dtype, B, T, heads, D) for heads in (H, G, G)]
 
-    def ref(q, k, v):
-        return attention_ref(q, k, v, scale=q.shape[-1] ** -0.5, causal=True)[0]
+    def ref(q, k, v):  # in float32 on a GPU never T x T: the backend for it wants a key head for each query head
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+        exact = SDPBackend.MATH if q.dtype == torch.float64 else SDPBackend.EFFICIENT_ATTENTION
+        return sdpa(exact)(q, k, v)
 
     def documents(q, k, v):
         docs = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
@@ -120,12 +125,29 @@ def attention_cases():
     lengths = [(8, 2048), (4, 4096), (2, 8192), (1, 16384), (1, 32768)]
     for H, G, D, batches in ((32, 32, 64, lengths), (16, 16, 128, lengths), (16, 4, 128, [(2, 8192)])):
         yield Case(
-            "attention", make, attention, ref, sdpa(SDPBackend.MATH),
+            "attention", make, attention, ref, sdpa(SDPBackend.FLASH_ATTENTION, SDPBackend.MATH),
             {"flash": sdpa(SDPBackend.FLASH_ATTENTION), "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION), "flex": flex},
             lambda which, element, B, T, H, G, D: 2 * B * H * T * T * D * (2.5 if which == "bwd" else 1), "TFLOP/s",
             tiny=dict(B=1, T=50, H=2, G=2 if G == H else 1, D=D), small=dict(B=1, T=1500, H=H, G=G, D=D),
             timed=[dict(B=B, T=T, H=H, G=G, D=D) for B, T in batches], compiled=tiles,
             variants={"full": functools.partial(attention, causal=False), "docs, lse": documents})
+
+
+def merge_cases():
+    def make(device, dtype, B, T, H, D):  # partial results are float32
+        return [randn(device, torch.float32, *size) for size in 2 * [(B, T, H, D), (B, H, T)]]
+
+    def ours(*parts):
+        out, lse = merge_attention(*parts)
+        return out + lse.transpose(1, 2)[..., None]
+
+    def plain(out_a, lse_a, out_b, lse_b):
+        share = (lse_a - lse_b).sigmoid().transpose(1, 2)[..., None]
+        return share * out_a + (1 - share) * out_b + torch.logaddexp(lse_a, lse_b).transpose(1, 2)[..., None]
+
+    yield Case("merge_attention", make, ours, plain, plain, {}, None, "GB/s", tiny=dict(B=2, T=33, H=3, D=40),
+               small=dict(B=2, T=1000, H=7, D=128), timed=[],
+               compiled=lambda arch: [(torch.float32, dict(B=1, T=64, H=4, D=D)) for D in (64, 128, 256)])
 
 
 def rotate(x, cos, sin):
@@ -154,7 +176,7 @@ def rope_cases():
 def rms_norm_cases():
     plain = lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-5)  # noqa: E731
     yield Case("rms_norm", lambda device, dtype, N, C: [randn(device, dtype, N, C), randn(device, dtype, C)],
-               lambda x, weight: rms_norm(x, weight, 1e-5), lambda x, weight: rms_norm_ref(x, weight, 1e-5), plain,
+               lambda x, weight: rms_norm(x, weight, 1e-5), plain, plain,
                {"torch": plain, "compile": inductor(plain)},
                lambda which, element, N, C: (2 if which == "fwd" else 3) * N * C * element, "GB/s",
                tiny=dict(N=33, C=100), small=dict(N=1001, C=1536),
@@ -165,7 +187,7 @@ def rms_norm_cases():
 def swiglu_cases():
     plain = lambda gate, up: F.silu(gate) * up  # noqa: E731
     yield Case("swiglu", lambda device, dtype, N, F: [randn(device, dtype, N, F), randn(device, dtype, N, F)],
-               swiglu, swiglu_ref, plain, {"torch": plain, "compile": inductor(plain)},
+               swiglu, plain, plain, {"torch": plain, "compile": inductor(plain)},
                lambda which, element, N, F: (3 if which == "fwd" else 5) * N * F * element, "GB/s",
                tiny=dict(N=33, F=100), small=dict(N=1001, F=1536),
                timed=[dict(N=16384, F=F) for F in (2048, 5632, 11008)],
@@ -180,24 +202,26 @@ def loss_cases():
     def chunked(x, weight, targets):  # torch 2.13 and newer
         return F.linear_cross_entropy(x, weight, targets, options=nn.LinearCrossEntropyOptions())
 
-    def ref(x, weight, targets):
-        return F.cross_entropy(F.linear(x, weight), targets)
-
     def plain(x, weight, targets):
-        return F.cross_entropy(F.linear(x, weight).float(), targets)
+        logits = F.linear(x, weight)
+        return F.cross_entropy(logits.to(torch.promote_types(x.dtype, torch.float32)), targets)
+
+    def blockwise(x, weight, targets):  # the logits of 4096 rows at a time
+        return sum(checkpoint(plain, rows, weight, wanted, use_reentrant=False) * (len(rows) / len(x))
+                   for rows, wanted in zip(x.split(4096), targets.split(4096)))
 
     sizes = [(16384, 768, 50257), (8192, 4096, 128256), (32768, 4096, 128256)]
-    yield Case("linear_cross_entropy", make, linear_cross_entropy, ref, plain,
+    yield Case("linear_cross_entropy", make, linear_cross_entropy, blockwise, blockwise,
                {"torch": plain, "compile": inductor(plain), "F.linear_cross_entropy": chunked},
                lambda which, element, N, C, V: 6 * N * C * V, "TFLOP/s",
                tiny=dict(N=37, C=32, V=1001), small=dict(N=500, C=512, V=50257),
-               timed=[dict(N=N, C=C, V=V) for N, C, V in sizes], passes=("fwd+bwd",),
+               timed=[dict(N=N, C=C, V=V) for N, C, V in sizes],
                compiled=lambda arch: [(torch.bfloat16, dict(N=32, C=64, V=V)) for V in (320, 50257)],
                variants={"none": functools.partial(linear_cross_entropy, reduction="none")})
 
 
-CASES = dict(attention=attention_cases, rope=rope_cases, rms_norm=rms_norm_cases, swiglu=swiglu_cases,
-             linear_cross_entropy=loss_cases)
+CASES = dict(attention=attention_cases, merge_attention=merge_cases, rope=rope_cases, rms_norm=rms_norm_cases,
+             swiglu=swiglu_cases, linear_cross_entropy=loss_cases)
 
 
 def cases(kernels: tuple[str, ...]) -> list[Case]:
@@ -212,7 +236,7 @@ def output_and_gradients(out, leaves, dout=None):
 
 
 def disagreement(ours, plain, truth) -> str:
-    """Empty if each tensor of `ours` is off by twice what that of `plain` is, plus its dtype's eps, at most; or what is wrong."""
+    """Empty if no tensor of `ours` is off by more than twice `plain`'s error plus its dtype's eps; or what is wrong."""
     def error(x, y):
         return ((x.double() - y).norm() / (y.norm() or 1.0)).item()
 
@@ -224,19 +248,20 @@ def disagreement(ours, plain, truth) -> str:
     return "; ".join(wrong)
 
 
-def check(case: Case, device: str) -> bool:
-    """Whether the kernel is right: at its `small` shape in bfloat16 on a GPU, `tiny` and float16 in the interpreter."""
+def check(case: Case, device: str, shape: dict, exact: torch.dtype = torch.float64) -> str:
+    """What is wrong with the kernel, in bfloat16 on a GPU, float16 elsewhere, against `ref` in `exact`; or empty."""
     torch.manual_seed(0)
-    shape, dtype = (case.tiny, torch.float16) if device == "cpu" else (case.small, torch.bfloat16)
-    inputs = case.make(device, dtype, **shape)
-    doubles = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
-    truth = case.ref(*doubles)
-    dout = torch.randn(truth.shape, device=device).to(dtype)
-    runs = [(case.ours(*inputs), inputs), (case.plain(*inputs), inputs), (truth, doubles)]
-    wrong = disagreement(*(output_and_gradients(out, [x for x in given if x.requires_grad], dout.to(out.dtype))
-                           for out, given in runs))
-    report(f"{case.kernel}  {name_of(shape)}  {str(dtype)[6:]}", wrong)
-    return not wrong
+    inputs = case.make(device, torch.bfloat16 if device == "cuda" else torch.float16, **shape)
+    exactly = [x.detach().to(exact).requires_grad_() if x.requires_grad else x for x in inputs]
+    dout, results = None, []
+    for fn, given in ((case.ref, exactly), (case.plain, inputs), (case.ours, inputs)):
+        out = fn(*given)
+        dout = torch.randn_like(out).to(inputs[0].dtype) if dout is None else dout
+        results.append(output_and_gradients(out, [x for x in given if x.requires_grad], dout.to(out.dtype)))
+        del out  # its graph is large
+    wrong = disagreement(*reversed(results))
+    report(f"{case.kernel}  {name_of(shape)}  {str(inputs[0].dtype)[6:]}", wrong)
+    return wrong
 
 
 def report(what: str, wrong: str):
@@ -271,16 +296,17 @@ def median_ms(run: Callable, device: str) -> float:
     return repeat(min(100, max(10, int(300 / repeat(3)))))
 
 
-def time_passes(case: Case, fn: Callable, inputs: list) -> tuple[torch.Tensor, dict]:
-    """The output, and per pass dict(ms, extra_mib): the peak of the memory it allocates, results included (0 on a CPU)."""
+def time_passes(fn: Callable, inputs: list) -> tuple[torch.Tensor, dict]:
+    """The output, and per pass dict(ms, extra_mib): the peak of what it allocates, results included (0 on a CPU)."""
     leaves, device = [x for x in inputs if x.requires_grad], inputs[0].device.type
     out = fn(*inputs)
     dout = torch.randn_like(out)
     runs = {"fwd": lambda: torch.no_grad()(fn)(*inputs),
-            "bwd": lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True),
-            "fwd+bwd": lambda: torch.autograd.grad(fn(*inputs), leaves, dout)}
+            "bwd": lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)}
+    if not out.dim():  # a loss may compute its gradients in either pass
+        runs = {"fwd+bwd": lambda: torch.autograd.grad(fn(*inputs), leaves, dout)}
     measured = {}
-    for which in case.passes:
+    for which in runs:
         measured[which] = dict(ms=median_ms(runs[which], device), extra_mib=0.0)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -295,16 +321,17 @@ def time_case(case: Case, shape: dict, device: str, ceilings: dict[str, float]) 
     torch.manual_seed(0)
     torch.compiler.reset()  # so that each shape is compiled for itself
     inputs = case.make(device, torch.bfloat16, **shape)
-    ours, measured = time_passes(case, case.ours, inputs)
+    ours, measured = time_passes(case.ours, inputs)
     rows = []
     for which, numbers in measured.items():
-        rate = case.work(which, inputs[0].element_size(), **shape) / numbers["ms"] / (1e9 if case.unit == "TFLOP/s" else 1e6)
+        rate = case.work(which, inputs[0].element_size(), **shape) / numbers["ms"]
+        rate /= 1e9 if case.unit == "TFLOP/s" else 1e6
         rows.append(dict(kernel=case.kernel, shape=name_of(shape), stage=which, **numbers, rate=rate, unit=case.unit,
                          of_ceiling=rate / ceilings[case.unit], peers={}))
     for name, peer in case.peers.items():
         reason = ""
         try:
-            out, measured = time_passes(case, peer, inputs)
+            out, measured = time_passes(peer, inputs)
             error = ((out.float() - ours.float()).norm() / ours.float().norm()).item()
             if not error <= 4 * torch.finfo(out.dtype).eps:
                 reason = f"its output differs from ours by {error:.1e}"
@@ -328,7 +355,7 @@ def measure_ceilings(device: str) -> dict[str, float]:
 # without a GPU
 
 def static_cases(arch: int | str, kernels: tuple[str, ...] = KERNELS) -> Iterator[tuple[str, str, Callable]]:
-    """(kernel, label, thunk): in aot.compile_for(arch) the thunk compiles what a forward and a backward pass would launch."""
+    """(kernel, label, thunk): in aot.compile_for(arch) the thunk compiles what a forward and a backward pass launch."""
     for case in {case.kernel: case for case in cases(kernels)}.values():
         for dtype, shape in case.compiled(arch):
             for variant, fn in {"": case.ours, **case.variants}.items():
@@ -388,12 +415,14 @@ class PlainGPT(nn.Module):
 
 def time_model(device: str) -> list[dict]:
     """The row for training steps of both models from the same weights, in alternating blocks; none if ours is wrong."""
+    from config.quickstart import config as quickstart
     from model import GPT, GPTConfig
 
     torch.manual_seed(0)
     config, B, steps = GPTConfig(), 16, 10
-    if device == "cpu":  # the quickstart's
-        config, steps = GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=320, block_size=256), 1
+    if device == "cpu":  # the quickstart's: 320 is its byte vocabulary, rounded up
+        sizes = {name: getattr(quickstart, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+        config, B, steps = GPTConfig(**sizes, vocab_size=320), quickstart.batch_size, 4
     ours, plain = GPT(config).to(device), PlainGPT(config).to(device)
     plain.load_state_dict(ours.state_dict())
     exact = copy.deepcopy(plain).double()
@@ -442,13 +471,17 @@ def print_measured(rows: list[dict]):
     def against(peer, ms):
         return f"{peer['ms'] / ms:.2f}x ({peer['extra_mib']:.0f})" if "ms" in peer else "n/a"
 
-    print_table([{"kernel": row["kernel"], "shape": row["shape"], "pass": row["stage"], "ms": row["ms"],
-                  "rate": f"{row['rate']:.4g} {row['unit']}",
-                  "of ceiling": f"{row['of_ceiling']:.0%}" if row["of_ceiling"] else "", "extra MiB": f"{row['extra_mib']:.0f}",
-                  "our speed / a peer's (its extra MiB)": ", ".join(
-                      f"{name} {against(peer, row['ms'])}" for name, peer in row["peers"].items())} for row in rows])
+    def cells(row):
+        if "wrong" in row:
+            return "WRONG", "", "", "", ""
+        return (row["ms"], f"{row['rate']:.4g} {row['unit']}", f"{row['of_ceiling']:.0%}" if row["of_ceiling"] else "",
+                f"{row['extra_mib']:.0f}", ", ".join(f"{name} {against(peer, row['ms'])}"
+                                                     for name, peer in row["peers"].items()))
+
+    header = "kernel", "shape", "pass", "ms", "rate", "of ceiling", "extra MiB", "our speed / a peer's (its extra MiB)"
+    print_table([dict(zip(header, (row["kernel"], row["shape"], row["stage"], *cells(row)))) for row in rows])
     for line in dict.fromkeys(f"n/a  {name}, {row['kernel']} {row['shape']}: {peer['reason']}"
-                              for row in rows for name, peer in row["peers"].items() if "reason" in peer):
+                              for row in rows for name, peer in row.get("peers", {}).items() if "reason" in peer):
         print(line)
 
 
@@ -475,11 +508,16 @@ def bench_gpu(kernels: tuple[str, ...]) -> list[str]:
     ceilings, wrong, rows = measure_ceilings("cuda"), [], []
     print(f"{torch.cuda.get_device_name()}: copy {ceilings['GB/s']:.0f} GB/s, matmul {ceilings['TFLOP/s']:.0f} TFLOP/s")
     for case in cases(kernels):
-        if not check(case, "cuda"):
+        if check(case, "cuda", case.small):
             wrong.append(case.kernel)
             continue
         for shape in case.timed:
-            rows += time_case(case, shape, "cuda", ceilings)
+            message = check(case, "cuda", shape, torch.float32)
+            if message:
+                wrong.append(case.kernel)
+                rows.append(dict(kernel=case.kernel, shape=name_of(shape), stage="all", wrong=message))
+            else:
+                rows += time_case(case, shape, "cuda", ceilings)
             torch.cuda.empty_cache()
     if "model" in kernels:
         row = time_model("cuda")
@@ -490,13 +528,11 @@ def bench_gpu(kernels: tuple[str, ...]) -> list[str]:
 
 
 def bench_no_gpu(kernels: tuple[str, ...], arch: tuple[int | str, ...]) -> list[str]:
-    """Checks in the interpreter, compiles, prints; returns the names of what is wrong. Under TRITON_INTERPRET=1 only checks."""
+    """Checks in the interpreter, compiles, prints; returns what is wrong. Under TRITON_INTERPRET=1 only checks."""
     if backend.INTERPRET:
-        return [case.kernel for case in cases(kernels) if not check(case, "cpu")]
+        return [case.kernel for case in cases(kernels) if check(case, "cpu", case.tiny)]
     wrong, own = [], tuple(kernel for kernel in kernels if kernel in CASES)
-    if own and not backend.HAVE_TRITON:
-        print("Triton is not installed: pip install triton, to check and compile the kernels")
-    elif own:
+    if own:
         environment = os.environ | dict(TRITON_INTERPRET="1", NANOLONG_KERNELS="triton")
         if subprocess.run([sys.executable, "-m", "kernels.bench", *own], env=environment).returncode:
             wrong.append("in the interpreter, see above")
@@ -517,6 +553,12 @@ def main(kernels: tuple[KernelName, ...], arch: tuple[Literal[80, 89, 90, 100, "
         arch: the GPUs to compile for where there is none: NVIDIA compute capability x 10, or gfx (AMD gfx942)
     """
     kernels = kernels or KERNELS
+    if not backend.HAVE_TRITON:
+        message = "kernels.bench: Triton is not installed, so no kernel is checked: pip install triton"
+        if "model" not in kernels or torch.cuda.is_available():
+            sys.exit(message)
+        print(message)
+        kernels = ("model",)
     wrong = bench_gpu(kernels) if torch.cuda.is_available() else bench_no_gpu(kernels, arch)
     if wrong:
         sys.exit(f"kernels.bench: wrong, so not timed: {', '.join(dict.fromkeys(wrong))}")

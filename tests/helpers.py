@@ -83,9 +83,9 @@ class guarded:
 @contextlib.contextmanager
 def poisoned_empty():
     """
-    Inside it, torch.empty and torch.empty_like give tensors filled with NaN (integers: a large number), so that an element a
-    kernel forgets is seen, between guard bands of 60000, so that one written out of bounds is seen even when it is NaN. The
-    bands are checked at the end.
+    Inside it, torch.empty and torch.empty_like give tensors filled with NaN (integers: a large number), so that an element
+    a kernel forgets is seen, between guard bands of 60000, so that one written out of bounds is seen even when it is
+    NaN. The bands are checked at the end.
     """
     bands = []
 

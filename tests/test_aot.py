@@ -1,6 +1,6 @@
 """
-Every kernel, at every entry of its tile table, compiled for GPUs that are not here: nothing spills, the matrix and copy units are
-used, it fits. The compiler needs kernels that are not interpreted, so the compilation runs in processes of its own.
+Every kernel, at every entry of its tile table, compiled for GPUs that are not here: nothing spills, the matrix and copy
+units are used, it fits. The compiler needs kernels that are not interpreted, so it runs in processes of its own.
 """
 
 import collections
@@ -36,7 +36,8 @@ _pool = concurrent.futures.ThreadPoolExecutor(2)
 
 
 def _python(program, *args, cwd=ROOT):
-    run = subprocess.run([sys.executable, "-c", program, *args], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
+    command = [sys.executable, "-c", program, *args]
+    run = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
     return run.stdout
 
@@ -73,7 +74,8 @@ class TestEveryKernel:
             for variant in ("", " full", " docs, lse"):
                 label = f"B1 T256 H2 G1 D{block_d} {'bfloat16' if element == 2 else 'float32'}{variant}"
                 assert names[label] == {f"_attention_{part}_kernel" for part in ("fwd", "dq", "dkdv")}, label
-        assert {row["kernel"] for row in rows} == {"attention", "rope", "rms_norm", "swiglu", "linear_cross_entropy"}
+        assert {row["kernel"] for row in rows} == {
+            "attention", "merge_attention", "rope", "rms_norm", "swiglu", "linear_cross_entropy"}
 
     def test_nothing_spills(self, rows):  # scalar float32 products: ptxas trades a few bytes for occupancy
         _all(rows, lambda row: row["spill"] == 0 or "float32" in row["label"] and row["spill"] <= 16)
@@ -118,7 +120,8 @@ def build(arch, stride=1024, double=False, block_m=64, block_n=64):
     x, out = torch.empty(2**20, dtype=torch.bfloat16), torch.empty(2**20)
     with aot.compile_for(arch) as built:
         for _ in range(2):
-            matmul[(1,)](x, x, out, 1024, stride, DOUBLE=double, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, num_stages=3)
+            matmul[(1,)](x, x, out, 1024, stride, DOUBLE=double, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+                         num_stages=3)
     assert len(built) == 1  # the second launch is the same kernel
     return built[0]
 

@@ -34,13 +34,14 @@ def dense(q, k, v, scale=None, **options):
 
 
 def same_maths(q, k, v, douts, scale=None, **options):
-    """What `run` of the kernel computes, in plain torch: p again in the backward pass, in base 2, from the rounded lse."""
+    """What `run` of the kernel computes, in plain torch: p again in the backward pass, base 2, from the rounded lse."""
     (B, Tk, G, D), group = k.shape, q.shape[2] // k.shape[2]
     scale, (dout, dlse) = D ** -0.5 if scale is None else scale, (x.to(q.dtype) for x in douts)
     out, lse = dense(q, k, v, scale, **options)
     seen, k, v = visible(q, k, **options), k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     log2e = 1.4426950408889634
-    p = (torch.einsum("bthd,bshd->bhts", q, k) * (scale * log2e) - (lse * log2e)[..., None]).exp2().masked_fill(~seen, 0.0)
+    s = torch.einsum("bthd,bshd->bhts", q, k) * (scale * log2e)
+    p = (s - (lse * log2e)[..., None]).exp2().masked_fill(~seen, 0.0)
     delta = (dout * out).sum(-1).transpose(1, 2) - dlse
     ds = p * (torch.einsum("bthd,bshd->bhts", dout, v) - delta[..., None])
     dk, dv = torch.einsum("bhts,bthd->bshd", ds, q) * scale, torch.einsum("bhts,bthd->bshd", p, dout)
@@ -55,7 +56,8 @@ def draw_case(rng):
     if rng.random() < 0.4:
         Tk = Tq
     options = dict(causal=rng.random() < 0.75, scale=rng.choice([None, 0.31]),
-                   q_start=rng.choice([0, 0, rng.randint(0, 60), 10**9]), k_start=rng.choice([0, 0, rng.randint(0, 60)]))
+                   q_start=rng.choice([0, 0, rng.randint(0, 60), 10**9]),
+                   k_start=rng.choice([0, 0, rng.randint(0, 60)]))
     if rng.random() < 0.4:
         options["q_start"], options["k_start"] = 10**9 + rng.randint(0, 20), 10**9
     if rng.random() < 0.5:
@@ -127,20 +129,23 @@ def test_lse_gradient_alone(triton_kernels):
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1, 1), (2, 1, 37, 4, 2, 16), (1, 33, 1, 2, 1, 256), (0, 9, 9, 2, 1, 16)], ids=str)
+@pytest.mark.parametrize("sizes", [
+    (1, 1, 1, 1, 1, 1), (2, 1, 37, 4, 2, 16), (1, 33, 1, 2, 1, 256), (0, 9, 9, 2, 1, 16)], ids=str)
 def test_extreme_sizes(sizes, backend, monkeypatch):
-    """One row, one key, one dim, the largest head, an empty batch; with documents of negative ids; with some gradients unwanted."""
+    """One row, key or dim, the largest head, an empty batch; documents of negative ids; some gradients unwanted."""
     monkeypatch.setenv("NANOLONG_KERNELS", backend)
     q, k, v = tensors(sizes, "contiguous", torch.float64)
     B, Tq, Tk = sizes[:3]
     douts = torch.randn_like(q), torch.randn(B, q.shape[2], Tq, dtype=torch.float64)
     docs = dict(q_docs=torch.randint(-2, 1, (B, Tq)), k_docs=torch.randint(-2, 1, (B, 2 * Tk))[:, ::2])
     for options in (dict(q_start=Tk), docs):
-        actual, oracle = run(attention, (q, k, v), douts, return_lse=True, **options), run(dense, (q, k, v), douts, **options)
+        actual = run(attention, (q, k, v), douts, return_lse=True, **options)
+        oracle = run(dense, (q, k, v), douts, **options)
         for name in oracle:
             torch.testing.assert_close(actual[name], oracle[name], rtol=1e-10, atol=1e-11, msg=name)
     only_v = torch.autograd.grad(attention(q, k, v.requires_grad_(), q_start=Tk), v, douts[0])[0]
-    torch.testing.assert_close(only_v, torch.autograd.grad(dense(q, k, v, q_start=Tk)[0], v, douts[0])[0], rtol=1e-10, atol=1e-11)
+    expected_v = torch.autograd.grad(dense(q, k, v, q_start=Tk)[0], v, douts[0])[0]
+    torch.testing.assert_close(only_v, expected_v, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
@@ -149,7 +154,8 @@ def test_extreme_sizes(sizes, backend, monkeypatch):
 def test_rows_that_see_nothing(Tq, Tk, q_start, docs, backend, monkeypatch):
     monkeypatch.setenv("NANOLONG_KERNELS", backend)
     q, k, v = (torch.randn(1, t, 2, 16, requires_grad=True) for t in (Tq, Tk, Tk))
-    docs = dict(q_docs=torch.zeros(1, Tq, dtype=torch.int32), k_docs=torch.zeros(1, Tk, dtype=torch.int32)) if docs else {}
+    q_docs, k_docs = (torch.zeros(1, n, dtype=torch.int32) for n in (Tq, Tk))
+    docs = dict(q_docs=q_docs, k_docs=k_docs) if docs else {}
     out, lse = attention(q, k, v, q_start=q_start, return_lse=True, **docs)
     empty = min(Tq, max(0, -q_start)) if Tk else Tq
     assert (out[:, :empty] == 0).all() and (lse[..., :empty] == -torch.inf).all()
@@ -188,7 +194,7 @@ def test_out_dtype(backend, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda x: str(x)[6:])
 @pytest.mark.parametrize("options", [dict(), dict(causal=False), dict(docs=True)], ids=str)
 def test_reference_memory_is_bounded(options, dtype):
-    """At T = 8192 the scores are 512 MiB in float32; forward and backward keep a block of 2^23 of them, a few times over."""
+    """At T = 8192 the scores are 512 MiB in float32; forward and backward keep a few blocks of 2^23 of them."""
     T, H, D = 8192, 2, 16
     q, k, v = (torch.randn(1, T, H, D, dtype=dtype) for _ in range(3))
     docs = dict.fromkeys(("q_docs", "k_docs"), torch.arange(T)[None] // 3000) if "docs" in options else {}
@@ -220,7 +226,7 @@ def test_64_bit_offsets(triton_kernels, tmp_path):
 
 
 def test_doc_ranges():
-    """Every pair of equal ids lies in the range of its blocks, for ids in any order; for sorted ids the range is tight."""
+    """Every pair of equal ids lies in its blocks' range, for ids in any order; for sorted ids the range is tight."""
     for ordered in (True, False):
         for _ in range(20):
             a, b = torch.randint(0, 6, (2, 53)), torch.randint(0, 6, (2, 71))
@@ -243,7 +249,8 @@ def test_merge_is_attention_over_the_union(backend, monkeypatch):
     q, k, v = (torch.randn(2, 40, h, 16, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
 
     def by_parts(q, k, v):
-        parts = [attention(q, k[:, a:b], v[:, a:b], q_start=0, k_start=a, return_lse=True) for a, b in ((20, 29), (0, 20), (29, 40))]
+        parts = [attention(q, k[:, a:b], v[:, a:b], q_start=0, k_start=a, return_lse=True)
+                 for a, b in ((20, 29), (0, 20), (29, 40))]
         return merge_attention(*merge_attention(*parts[0], *parts[1]), *parts[2])
 
     douts = torch.randn_like(q), torch.randn(2, 4, 40, dtype=torch.float64)
@@ -256,7 +263,8 @@ def test_merge_is_attention_over_the_union(backend, monkeypatch):
 def test_merge_of_nothing(backend, monkeypatch):
     monkeypatch.setenv("NANOLONG_KERNELS", backend)
     out_a, out_b = (torch.randn(1, 3, 2, 8, requires_grad=True) for _ in range(2))
-    lse_a, lse_b = (torch.randn(1, 2, 3).index_fill_(2, torch.tensor([1]), -torch.inf).requires_grad_() for _ in range(2))
+    lse_a, lse_b = (torch.randn(1, 2, 3).index_fill_(2, torch.tensor([1]), -torch.inf).requires_grad_()
+                    for _ in range(2))
     with torch.no_grad():
         lse_b[:, :, 2] = -torch.inf
         out_a[:, 1], out_b[:, 1:] = 0, 0
@@ -264,7 +272,8 @@ def test_merge_of_nothing(backend, monkeypatch):
     assert (out[:, 1] == 0).all() and (lse[:, :, 1] == -torch.inf).all()
     torch.testing.assert_close(out[:, 2], out_a[:, 2])
     torch.testing.assert_close(lse[:, :, 2], lse_a[:, :, 2])
-    for grad in torch.autograd.grad([out, lse], (out_a, lse_a, out_b, lse_b), [torch.randn_like(out), torch.randn_like(lse)]):
+    douts = [torch.randn_like(out), torch.randn_like(lse)]
+    for grad in torch.autograd.grad([out, lse], (out_a, lse_a, out_b, lse_b), douts):
         assert grad.isfinite().all()
 
 
@@ -328,7 +337,8 @@ def test_compiles_whole(backend, monkeypatch):
     (dict(scale=-1.0), "scale is -1.0"),
     (dict(q_docs=torch.zeros(1, 8, dtype=torch.int64)), "pass both or neither"),
     (dict(q_docs=torch.zeros(1, 8), k_docs=torch.zeros(1, 8)), "document ids must be integers"),
-    (dict(q_docs=torch.zeros(1, 8, dtype=torch.int32), k_docs=torch.zeros(1, 9, dtype=torch.int32)), r"must be \(1, 8\) and \(1, 8\)"),
+    (dict(q_docs=torch.zeros(1, 8, dtype=torch.int32), k_docs=torch.zeros(1, 9, dtype=torch.int32)),
+     r"must be \(1, 8\) and \(1, 8\)"),
     (dict(q=(1, 8, 4, 512), k=(1, 8, 2, 512), v=(1, 8, 2, 512)), "head dim 512 is more than 256")])
 def test_wrong_arguments(change, message):
     shapes = dict(q=(1, 8, 4, 16), k=(1, 8, 2, 16), v=(1, 8, 2, 16))

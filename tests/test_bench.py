@@ -1,4 +1,4 @@
-"""The benchmark without a GPU: the command prints its table, and a wrong kernel is refused, in whatever way it is wrong."""
+"""The benchmark without a GPU: the command prints its table; a wrong kernel is refused, in whatever way it is wrong."""
 
 import json
 import os
@@ -27,7 +27,8 @@ def test_the_command_checks_and_prints_the_table():
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     assert lines[0].startswith("right  rms_norm  N33 C100  float16")
-    assert lines[1].split() == "gpu kernel shape tile registers spilled B shared B wgmma mma cp.async programs/SM".split()
+    header = "gpu kernel shape tile registers spilled B shared B wgmma mma cp.async programs/SM"
+    assert lines[1].split() == header.split()
     assert len(lines) == 2 + 2 * 3 and all(line.startswith("90   rms_norm_") for line in lines[2:])
 
 
@@ -60,16 +61,48 @@ def test_a_wrong_kernel_is_refused(kernel, monkeypatch, capsys, triton_kernels):
     assert capsys.readouterr().out.startswith("WRONG  rms_norm")
 
 
-def test_the_gpu_path_refuses_and_does_not_time(monkeypatch):
-    """bench_gpu with the device calls replaced: a wrong kernel is not timed, a right one is."""
+@pytest.mark.parametrize("kernel", bench.CASES)
+def test_every_kernel_is_checked(kernel, triton_kernels):
+    """Each is right against float64 and, as at the timed shapes, float32; half of each gradient is wrong."""
+    for case in {case.kernel: case for case in bench.cases((kernel,))}.values():
+        assert bench.check(case, "cpu", case.tiny) == ""
+        if kernel != "attention":  # SDPA in float32 without T x T needs a GPU
+            assert bench.check(case, "cpu", case.tiny, torch.float32) == ""
+        half = bench.dataclasses.replace(case, ours=lambda *inputs, ours=case.ours: _half_gradient(ours(*inputs)))
+        assert "gradient 1 is off by 5.0" in bench.check(half, "cpu", case.tiny)
+
+
+def _half_gradient(out):
+    return (out + out.detach()) / 2
+
+
+def test_the_gpu_path_refuses_and_does_not_time(monkeypatch, capsys):
+    """bench_gpu with the device calls replaced: what is wrong at its small shape, or at a timed one, is not timed."""
     timed, saved = [], []
     monkeypatch.setattr(bench, "measure_ceilings", lambda device: {"GB/s": 1.0, "TFLOP/s": 1.0})
-    monkeypatch.setattr(bench, "check", lambda case, device: case.kernel != "swiglu")
-    monkeypatch.setattr(bench, "time_case", lambda case, shape, device, ceilings: timed.append(case.kernel) or [])
-    monkeypatch.setattr(bench, "save", lambda rows, ceilings: saved.append(rows))
+
+    def check(case, device, shape, exact=torch.float64):
+        wrong = case.kernel == "swiglu" or shape == dict(N=16384, C=2048)
+        return "gradient 1 is off" if wrong else ""
+
+    monkeypatch.setattr(bench, "check", check)
+    monkeypatch.setattr(bench, "time_case", lambda case, shape, *_: timed.append((case.kernel, shape)) or [])
+    monkeypatch.setattr(bench, "save", lambda rows, ceilings: saved.extend(rows))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    assert bench.bench_gpu(("rms_norm", "swiglu")) == ["swiglu"]
-    assert set(timed) == {"rms_norm"} and saved
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench.backend, "HAVE_TRITON", True)
+    with pytest.raises(SystemExit, match="wrong, so not timed: rms_norm, swiglu"):
+        bench.main(("rms_norm", "swiglu"))
+    assert timed == [("rms_norm", dict(N=16384, C=C)) for C in (768, 4096, 8192)]
+    assert saved == [dict(kernel="rms_norm", shape="N16384 C2048", stage="all", wrong="gradient 1 is off")]
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["rms_norm", "N16384", "C2048", "all", "WRONG"] in printed
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(bench.backend, "HAVE_TRITON", False)
+    with pytest.raises(SystemExit, match="Triton is not installed.*pip install triton"):
+        bench.main(("rms_norm",))
 
 
 def test_results_are_kept_by_kernel(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """
-The compiled kernels on a CUDA GPU: every tile-table entry of that GPU against float64, and what only a GPU shows. pytest runs this file in
-a process of its own, because the other tests interpret the kernels; by hand: TRITON_INTERPRET=0 python -m pytest tests/test_gpu.py
+The compiled kernels on a CUDA GPU: every tile-table entry of that GPU against float64, and what only a GPU shows.
+pytest runs this file in a process of its own, because the other tests interpret the kernels; by hand:
+TRITON_INTERPRET=0 python -m pytest tests/test_gpu.py
 """
 
 import os
@@ -99,7 +100,8 @@ def test_elementwise_kernels(dtype):
         return torch.cat([a * c - b * s, b * c + a * s, x[..., 64:]], -1)
 
     for ours, plain, shapes in (
-            (lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), [(3, 130, 1000), (1000,)]),
+            (lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: F.rms_norm(x, w.shape, w, 1e-5),
+             [(3, 130, 1000), (1000,)]),
             (swiglu, lambda g, u: F.silu(g) * u, [(3, 130, 1000)] * 2),
             (lambda x: rope(x, positions, inv_freq), rotate, [(3, 130, 5, 80)])):
         inputs = [torch.randn(s).to(dtype).requires_grad_() for s in shapes]
@@ -126,7 +128,8 @@ def test_loss(reduction, dtype):
         loss = f(x, w)
         return [loss, *torch.autograd.grad(loss, (x, w), dloss.to(loss.dtype))]
 
-    plain = lambda x, w: F.cross_entropy(F.linear(x, w).to(torch.promote_types(x.dtype, torch.float32)), targets, reduction=reduction)  # noqa: E731
+    plain = lambda x, w: F.cross_entropy(  # noqa: E731
+        F.linear(x, w).to(torch.promote_types(x.dtype, torch.float32)), targets, reduction=reduction)
     actual = results(lambda x, w: linear_cross_entropy(x, w, targets, reduction=reduction), x, w)
     oracle = results(plain, *(t.detach().double().requires_grad_() for t in (x, w)))
     for name, a, o, p in zip(("loss", "dx", "dw"), actual, oracle, results(plain, x, w)):
@@ -148,7 +151,7 @@ def test_merge():
 
 @on_gpu
 def test_model():
-    """bfloat16 training through torch.compile(fullgraph=True): the loss and gradients of the float32 references; streaming agrees."""
+    """bfloat16 training, torch.compile(fullgraph=True): the float32 references' loss and gradients; streaming."""
     model = tiny(head_dim=64, block_size=256).cuda()
     idx, targets = torch.randint(0, 61, (2, 2, 200))
 

@@ -1,4 +1,4 @@
-"""model.py: future leak, stream equals parallel, compilation, accounting, files; the model on the references and on the kernels."""
+"""model.py: future leak, stream equals parallel, compilation, accounting, files; on the references and the kernels."""
 
 import itertools
 import json
@@ -13,7 +13,8 @@ TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, vocab_size=61, block_si
 VARIANTS = {
     "llama": {},
     "gpt2": dict(norm="layernorm", mlp="gelu", bias=True, n_kv_head=4, position="none"),
-    "neox": dict(norm="layernorm", mlp="gelu", bias=True, parallel_residual=True, rope_fraction=0.5, tie_embeddings=False),
+    "neox": dict(norm="layernorm", mlp="gelu", bias=True, parallel_residual=True, rope_fraction=0.5,
+                 tie_embeddings=False),
     "mqa": dict(n_kv_head=1, head_dim=12, rope_base=5e5),
 }
 
@@ -64,7 +65,8 @@ def test_equals_the_model_written_out(backend, monkeypatch):
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     loss = model(idx, targets)[1]
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
-    for (name, _), a, b in zip(model.named_parameters(), *(torch.autograd.grad(x, list(model.parameters())) for x in (loss, expected))):
+    grads = (torch.autograd.grad(x, list(model.parameters())) for x in (loss, expected))
+    for (name, _), a, b in zip(model.named_parameters(), *grads):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8, msg=name)
 
 
@@ -125,7 +127,8 @@ def test_state_size_and_gradient():
     assert state.nbytes == 0 and state.position == 0
     idx = torch.randint(0, 61, (3, 30))
     model(idx[:, :10], state=state)
-    assert state.nbytes == 2 * 2 * 3 * 64 * 2 * 8 * 8 and state.position == 10  # layers, k and v, B, capacity, G, D, bytes
+    assert state.position == 10
+    assert state.nbytes == 2 * 2 * 3 * 64 * 2 * 8 * 8  # layers, k and v, B, capacity, G, D, bytes
     loss = model(idx[:, 10:], idx[:, 10:], state=state)[1]
     grad = torch.autograd.grad(loss, model.blocks[1].attn.wqkv.weight)[0]
 
@@ -148,7 +151,7 @@ def test_state_size_and_gradient():
 
 
 def test_state_survives(tmp_path):
-    """A step that fails half way leaves the state as it was; a saved state goes on in another process's model; mistakes are one line."""
+    """A step that fails leaves the state as it was; a saved state goes on in another model; mistakes are one line."""
     model = tiny()
     idx = torch.randint(0, 61, (2, 40))
     state = model.new_state(2)
@@ -167,7 +170,8 @@ def test_state_survives(tmp_path):
             torch.testing.assert_close(model(idx[:, 30:], state=s)[0], whole[:, 30:])
         with torch.autocast("cpu", torch.bfloat16):
             model(idx[:, :1], state=again)
-    with pytest.raises(ValueError, match=r"2 layers of \(batch, heads, dim\) \(2, 2, 8\), this one has 2 of \(1, 2, 8\)"):
+    message = r"2 layers of \(batch, heads, dim\) \(2, 2, 8\), this one has 2 of \(1, 2, 8\)"
+    with pytest.raises(ValueError, match=message):
         model.new_state(1).load(str(tmp_path / "state"))
     with pytest.raises(ValueError, match="the state is for 2 sequences, idx has 1"):
         model(idx[:1], state=state)
@@ -222,7 +226,7 @@ def test_low_precision_keeps_frequencies_and_weights():
 
 
 def test_generate():
-    """Greedy generation is the argmax of the parallel logits; a state carries on; a seed repeats; no token of the padding."""
+    """Greedy generation is the parallel logits' argmax; a state carries on; a seed repeats; no token of the padding."""
     model = tiny()
     prompt = torch.randint(0, 61, (2, 11))
     tokens = torch.stack(list(model.generate(prompt, max_new_tokens=20, temperature=0.0)), 1)
@@ -237,7 +241,8 @@ def test_generate():
     assert max(int(t.max()) for t in model.generate(prompt, max_new_tokens=50, temperature=5.0, vocab_size=7)) < 7
     assert len(list(itertools.islice(model.generate(prompt), 100))) == 100  # no end of its own, past block_size
     assert len(list(model.generate(prompt, max_new_tokens=2, temperature=1e-40, min_p=1.0))) == 2
-    for wrong, message in ((dict(temperature=-1), "temperature is -1"), (dict(top_k=0), "top_k is 0"), (dict(top_p=0), "top_p is 0"),
+    for wrong, message in ((dict(temperature=-1), "temperature is -1"), (dict(top_k=0), "top_k is 0"),
+                           (dict(top_p=0), "top_p is 0"),
                            (dict(min_p=1.5), "min_p is 1.5"), (dict(vocab_size=0), "vocab_size is 0")):
         with pytest.raises(ValueError, match=message):
             next(model.generate(prompt, **wrong))
@@ -250,8 +255,9 @@ def test_sampling_cuts():
     probs = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
     logits = probs.log().expand(20000, 5)
     generator = torch.Generator().manual_seed(0)
-    for cut, kept in ((dict(), 5), (dict(top_k=2), 2), (dict(top_k=99), 5), (dict(top_p=0.69), 2), (dict(top_p=0.71), 3),
-                      (dict(top_p=0.01), 1), (dict(min_p=0.25), 3), (dict(min_p=0.0), 5), (dict(top_k=3, min_p=0.35), 2)):
+    for cut, kept in ((dict(), 5), (dict(top_k=2), 2), (dict(top_k=99), 5), (dict(top_p=0.69), 2),
+                      (dict(top_p=0.71), 3), (dict(top_p=0.01), 1), (dict(min_p=0.25), 3), (dict(min_p=0.0), 5),
+                      (dict(top_k=3, min_p=0.35), 2)):
         freq = torch.bincount(sample_token(logits, generator, **cut), minlength=5) / 20000
         expected = probs * (torch.arange(5) < kept)
         assert (freq[kept:] == 0).all() and (freq - expected / expected.sum()).abs().max() < 0.015, cut
@@ -277,7 +283,8 @@ def test_accounting():
     assert sum(p.numel() for g in groups for p in g["params"]) == model.num_params()
     names = {id(p): n for n, p in model.named_parameters()}
     decayed = {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
-    assert decayed == {n for n in names.values() if any(part in n for part in ("wqkv", "wo", "w_gate", "w_up", "w_down", "lm_head"))}
+    matrices = ("wqkv", "wo", "w_gate", "w_up", "w_down", "lm_head")
+    assert decayed == {n for n in names.values() if any(part in n for part in matrices)}
 
 
 def test_files(tmp_path):
@@ -314,8 +321,10 @@ def test_files(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(n_head=5), "n_embd 32 is not divisible by n_head 5"), (dict(n_kv_head=3), "n_head 4 is not divisible by n_kv_head 3"),
-    (dict(n_layer=0), "n_layer is 0"), (dict(n_inner=0), "n_inner is 0"), (dict(head_dim=300), "head_dim is 300"), (dict(attention="flash"), "one of full"),
+    (dict(n_head=5), "n_embd 32 is not divisible by n_head 5"),
+    (dict(n_kv_head=3), "n_head 4 is not divisible by n_kv_head 3"),
+    (dict(n_layer=0), "n_layer is 0"), (dict(n_inner=0), "n_inner is 0"), (dict(head_dim=300), "head_dim is 300"),
+    (dict(attention="flash"), "one of full"),
     (dict(norm="batch"), "one of rmsnorm, layernorm"), (dict(head_dim=9), "rotates 9 dims"),
     (dict(rope_fraction=0.1), "rotates 0 dims"), (dict(position="alibi"), "one of rope, none")])
 def test_wrong_configurations(change, message):
