@@ -34,9 +34,6 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Literal
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C while torch is being imported: no traceback
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -394,7 +391,6 @@ def load_checkpoint(folder: Path, wanted: GPTConfig, config: TrainConfig) -> tup
     hint = f"an older one: --resume={older[-1]} --name=ANOTHER" if older else "there is no older one"
     try:
         train = json.loads((folder / "train.json").read_text())
-        train = {"data": {}} | train  # an older one says nothing of its data
         for key, kind in (("step", int), ("config", dict), ("data", dict)):
             if not isinstance(train[key], kind):
                 raise ValueError(f"train.json says {key} is {train[key]!r}")
@@ -731,8 +727,6 @@ if __name__ == "__main__":
     try:
         from train import main  # config files import TrainConfig from `train`: run that module, not a second copy of it
 
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
     except KeyboardInterrupt:  # before the first step, or the second one
         sys.exit(130)

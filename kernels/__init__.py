@@ -1,4 +1,4 @@
-"""nanoLong's kernels: one file each, a Triton implementation with its plain torch reference beside it. See backend.py for which runs."""
+"""nanoLong's kernels: one file each, a Triton implementation with its plain torch reference beside it (backend.py: which runs)."""
 
 import importlib.util
 import os

@@ -584,15 +584,6 @@ def test_a_closed_pipe_ends_the_run_quietly_with_a_checkpoint(tiny, tmp_path):
     assert len(train.checkpoints(tmp_path / "piped")) == 1
 
 
-def test_ctrl_c_during_the_imports(tiny, tmp_path):
-    process = subprocess.Popen([sys.executable, "train.py", *tiny], cwd=ROOT, env=ENV, stderr=subprocess.PIPE,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == b"" and process.returncode == 130
-    assert not list(tmp_path.iterdir())
-
-
 # wandb
 
 
