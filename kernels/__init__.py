@@ -1,4 +1,4 @@
-"""nanoLong's kernels: one file each, a Triton implementation with its plain torch reference beside it (backend.py: which runs)."""
+"""nanoLong's kernels: one file each, Triton beside its plain torch reference. backend.py says which runs."""
 
 import importlib.util
 import os

@@ -9,12 +9,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(program, **environment):
-    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
 def test_lives_beside_the_other_kernels_package(tmp_path):
     (tmp_path / "kernels/layer").mkdir(parents=True)
-    (tmp_path / "kernels/__init__.py").write_text("from kernels.layer import Mode\nfrom .layer import Device\nattention = 'theirs'\n")
+    (tmp_path / "kernels/__init__.py").write_text(
+        "from kernels.layer import Mode\nfrom .layer import Device\nattention = 'theirs'\n")
     (tmp_path / "kernels/layer/__init__.py").write_text("class Mode: pass\nclass Device: pass\n")
     program = ("from kernels import attention, Device, Mode; import kernels, kernels.layer; "
                "assert callable(attention) and Device is kernels.layer.Device; print(kernels.__file__)")
