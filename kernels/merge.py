@@ -133,7 +133,8 @@ def merge_attention(out_a, lse_a, out_b, lse_b):
     """
     if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape or lse_a.shape != out_a.transpose(1, 2).shape[:3]:
         raise ValueError(f"merge_attention: out_a {tuple(out_a.shape)}, out_b {tuple(out_b.shape)}, lse_a "
-                         f"{tuple(lse_a.shape)}, lse_b {tuple(lse_b.shape)}: outs must be equal, (B, T, H, D), and lses (B, H, T)")
+                         f"{tuple(lse_a.shape)}, lse_b {tuple(lse_b.shape)}: outs must be equal, (B, T, H, D), "
+                         "and lses (B, H, T)")
     if not use_triton(out_a):
         return merge_attention_ref(out_a, lse_a, out_b, lse_b)
     acc = torch.promote_types(out_a.dtype, torch.float32)

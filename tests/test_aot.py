@@ -55,7 +55,7 @@ def rows(arch):
     return [json.loads(line[4:]) for line in _compilation(arch).result().splitlines() if line.startswith("ROW ")]
 
 
-def _all(rows, condition):
+def assert_all(rows, condition):
     shown = ("registers", "spill", "shared", "wgmma", "mma", "cp_async", "occupancy", "has_f64")
     bad = [f"{row['name']} {row['label']}: {', '.join(f'{key} {row[key]}' for key in shown)}"
            for row in rows if not condition(row)]
@@ -78,23 +78,23 @@ class TestEveryKernel:
             "attention", "merge_attention", "rope", "rms_norm", "swiglu", "linear_cross_entropy"}
 
     def test_nothing_spills(self, rows):  # scalar float32 products: ptxas trades a few bytes for occupancy
-        _all(rows, lambda row: row["spill"] == 0 or "float32" in row["label"] and row["spill"] <= 16)
+        assert_all(rows, lambda row: row["spill"] == 0 or "float32" in row["label"] and row["spill"] <= 16)
 
     def test_no_float64(self, rows):
-        _all(rows, lambda row: not row["has_f64"])
+        assert_all(rows, lambda row: not row["has_f64"])
 
     def test_fits(self, rows, arch):
-        _all(rows, lambda row: row["shared"] <= aot.GPUS[arch].shared and row["occupancy"] >= 1)
+        assert_all(rows, lambda row: row["shared"] <= aot.GPUS[arch].shared and row["occupancy"] >= 1)
         if arch != "gfx":
-            _all(rows, lambda row: row["registers"] * 32 * row["num_warps"] <= 65536)
+            assert_all(rows, lambda row: row["registers"] * 32 * row["num_warps"] <= 65536)
 
     def test_attention_uses_the_matrix_and_copy_units(self, rows, arch):
         half = [row for row in rows if row["kernel"] == "attention" and "bfloat16" in row["label"]]
-        _all(half, lambda row: row["wgmma"] + row["mma"] > 0)
+        assert_all(half, lambda row: row["wgmma"] + row["mma"] > 0)
         if arch in (90, 100):  # no product falls back to the old instruction; the small tiles that D 256 needs may
-            _all(half, lambda row: row["mma"] == 0 or " D256 " in row["label"])
+            assert_all(half, lambda row: row["mma"] == 0 or " D256 " in row["label"])
         if arch != "gfx":
-            _all(half, lambda row: row["cp_async"] > 0)
+            assert_all(half, lambda row: row["cp_async"] > 0)
 
 
 PROBE = '''

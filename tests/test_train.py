@@ -417,8 +417,8 @@ def test_config_file_gives_defaults_that_options_change(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
 def test_recipes_load_and_make_a_model(path):
     config = train.load_config(path) if "TrainConfig" in path.read_text() else pytest.skip("another script's recipe")
-    train.resolve_batch(config, 1)
-    GPTConfig(**{f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)})
+    assert train.resolve_batch(config, 1)[1] >= 1
+    assert GPTConfig(**{f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}).n_layer == config.n_layer
 
 
 def test_bad_config_files(tmp_path):
