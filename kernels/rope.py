@@ -19,17 +19,120 @@ from torch.autograd.function import once_differentiable
 from kernels.backend import register, tl, triton, use_triton
 
 
-def rope_frequencies(dim, base=10000.0):
+# What each rope_type needs, and what it may have besides, by Hugging Face's names.
+SCALING_KEYS = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "ntk": (("factor",), ()),
+    "dynamic": (("factor", "original_max_position_embeddings"), ()),
+    "ntk_by_parts": (("factor", "original_max_position_embeddings"), ("beta_fast", "beta_slow", "truncate")),
+    "yarn": (("factor", "original_max_position_embeddings"),
+             ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")),
+    "longrope": (("short_factor", "long_factor", "original_max_position_embeddings"), ("factor", "attention_factor")),
+    "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
+}
+
+
+def rope_frequencies(dim, base=10000.0, scaling=None, seq_len=None):
     """
-    The frequencies of `dim` rotated dims: theta_i = base^(-2 i / dim), i = 0 .. dim/2 - 1, as a float64 tensor
-    (dim/2,), and the factor on the rotated dims, 1.0. ValueError for an odd or non-positive dim, or a non-positive
-    base. arXiv 2104.09864.
+    The frequencies of `dim` rotated dims as a float64 tensor (dim/2,), radians per position, and the factor on the
+    rotated dims (of q and of k). Without `scaling`: theta_i = base^(-2 i / dim), i = 0 .. dim/2 - 1, and 1.0
+    (arXiv 2104.09864). scaling is a checkpoint's rope_scaling or rope_parameters: "rope_type" (or the older "type"),
+    its keys as in SCALING_KEYS, and "rope_theta", which then is the base. With s = factor, L =
+    original_max_position_embeddings, and a value of None counting as absent:
+
+    linear        theta / s (arXiv 2306.15595)
+    ntk           the base is base * s^(dim / (dim - 2))
+    dynamic       the same with s * seq_len / L - (s - 1) for s where seq_len > L; unchanged up to L or without seq_len
+    ntk_by_parts  theta for dims that turn more than beta_fast (32) times in L, theta / s for those below beta_slow (1),
+                  blended in between, the ends on whole dims unless truncate is False
+    yarn          ntk_by_parts, with the factor attention_factor, else m(mscale) / m(mscale_all_dim) where both are
+                  given, else m(1), for m(x) = 0.1 x ln s + 1 (arXiv 2309.00071, as released)
+    longrope      theta / long_factor where seq_len > L, else theta / short_factor; the factor is attention_factor,
+                  else sqrt(1 + ln s / ln L) (arXiv 2402.13753)
+    llama3        theta for wavelengths below L / high_freq_factor, theta / s above L / low_freq_factor, else blended
+
+    ValueError for an odd or non-positive dim, a base of 1 or less, an unknown rope_type or key, a missing key, or a
+    value out of its range.
     """
+    scaling = {key: value for key, value in (scaling or {}).items() if value is not None}
+    older = scaling.pop("type", "default")
+    kind, base = scaling.pop("rope_type", older), scaling.pop("rope_theta", base)
+    _check_scaling(dim, base, kind, scaling)
+    s, L = scaling.get("factor"), scaling.get("original_max_position_embeddings")
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64) / -dim
+    theta, factor = base ** exponents, 1.0
+    if kind == "linear":
+        theta = theta / s
+    elif kind in ("ntk", "dynamic"):
+        stretch = s if kind == "ntk" else s * max(seq_len or L, L) / L - (s - 1)
+        theta = (base * stretch ** (dim / (dim - 2))) ** exponents
+    elif kind in ("ntk_by_parts", "yarn"):
+        # the dim that turns n times in L positions
+        low, high = (dim * math.log(L / (2 * math.pi * n)) / (2 * math.log(base))
+                     for n in (scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)))
+        if scaling.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / (high - low or 1e-3)).clamp(0, 1)
+        theta = ramp * theta / s + (1 - ramp) * theta
+        if kind == "yarn":
+            m, m_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+            m, m_all = (m, m_all) if m and m_all else (1, 0)
+            factor = scaling.get("attention_factor", (0.1 * m * math.log(s) + 1) / (0.1 * m_all * math.log(s) + 1))
+    elif kind == "longrope":
+        stretch = scaling["long_factor" if seq_len and seq_len > L else "short_factor"]
+        theta = theta / torch.tensor(stretch, dtype=torch.float64)
+        factor = scaling.get("attention_factor") or math.sqrt(1 + math.log(s) / math.log(L))
+    elif kind == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((L * theta / (2 * math.pi) - low) / (high - low)).clamp(0, 1)  # L theta / 2 pi: the turns in L
+        theta = (1 - keep) * theta / s + keep * theta
+    return theta, float(factor)
+
+
+def _check_scaling(dim, base, kind, scaling):
+    """ValueError, one line, for what rope_frequencies cannot take; scaling without its rope_type and rope_theta."""
     if dim <= 0 or dim % 2:
         raise ValueError(f"rope_frequencies: dim={dim}, it must be even and positive: dims rotate in pairs")
-    if base <= 0:
-        raise ValueError(f"rope_frequencies: base={base}, it must be positive")
-    return base ** (torch.arange(0, dim, 2, dtype=torch.float64) / -dim), 1.0
+    if kind not in SCALING_KEYS:
+        raise ValueError(f"rope_frequencies: rope_type {kind!r} is unknown: use one of {', '.join(SCALING_KEYS)}")
+    needed, optional = SCALING_KEYS[kind]
+    missing, unknown = [key for key in needed if key not in scaling], sorted(scaling.keys() - {*needed, *optional})
+    if kind == "longrope" and not missing and not {"factor", "attention_factor"} & scaling.keys():
+        missing = ["factor (or attention_factor)"]
+    if missing or unknown:
+        wrong = f"lacks {', '.join(missing)}" if missing else f"does not know {', '.join(unknown)}"
+        raise ValueError(f"rope_frequencies: rope_type {kind!r} {wrong}: it needs {', '.join(needed) or 'nothing'} and "
+                         f"may have {', '.join(optional) or 'nothing else'}")
+    for key, least in {"factor": 1, "original_max_position_embeddings": 2}.items():
+        value = scaling.get(key, least)
+        if not _is_number(value) or not value >= least:
+            raise ValueError(f"rope_frequencies: {key} is {value!r}, it must be a number of at least {least}")
+    for key in ("short_factor", "long_factor"):
+        value = scaling.get(key, [1.0] * (dim // 2))
+        if not isinstance(value, (list, tuple)) or not all(_is_number(x) and x > 0 for x in value):
+            raise ValueError(f"rope_frequencies: {key} is {value!r}, it must be a list of positive numbers")
+        if len(value) != dim // 2:
+            raise ValueError(f"rope_frequencies: {key} has {len(value)} numbers, dim={dim} needs {dim // 2}")
+    for key in ("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor", "attention_factor", "mscale",
+                "mscale_all_dim"):
+        if key in scaling and (not _is_number(scaling[key]) or not scaling[key] >= (0 if "mscale" in key else 1e-9)):
+            raise ValueError(f"rope_frequencies: {key} is {scaling[key]!r}, it must be a positive number")
+    if not isinstance(scaling.get("truncate", True), bool):
+        raise ValueError(f"rope_frequencies: truncate is {scaling['truncate']!r}, it must be true or false")
+    for small, large, default in (("low_freq_factor", "high_freq_factor", (1, 4)), ("beta_slow", "beta_fast", (1, 32))):
+        if not scaling.get(small, default[0]) < scaling.get(large, default[1]):
+            raise ValueError(f"rope_frequencies: {small}={scaling.get(small, default[0])} must be below "
+                             f"{large}={scaling.get(large, default[1])}")
+    if not _is_number(base) or not base > 1:
+        raise ValueError(f"rope_frequencies: base={base!r}, it must be a number above 1")
+    if kind in ("ntk", "dynamic") and dim == 2:
+        raise ValueError(f"rope_frequencies: rope_type {kind!r} needs more than dim=2 rotated dims")
+
+
+def _is_number(x):
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def rope_turns(inv_freq):
