@@ -17,6 +17,9 @@ heads of its kv head). Bytes moved by the forward: q, out and lse once, k and v 
 they fit). No tensor is ever Tq x Tk.
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -42,65 +45,141 @@ def _ungrouped(x, n, H):
     return x.view(B, G, H // G, n, D).permute(0, 3, 1, 2, 4).reshape(B, n, H, D)
 
 
-def _row_blocks(q, k, q_docs, k_docs, scale, causal, offset):
+class _Part(NamedTuple):
     """
-    Blocks of rows of 2^23 scores at most. Yields slices of the rows and of the keys that they can see, and the block's
-    masked scores (B, G, H/G n, keys) in float32, or float64 for float64.
+    The keys, or the sinks, with the queries for them; positions as indices. Row i sees key j if j <= i + offset (causal)
+    and j > i + back (None: no such bound). Its ALiBi distance is min(i + distance, cap) - j.
     """
-    (B, Tq, H, _), (_, Tk, G, _), acc = q.shape, k.shape, torch.promote_types(q.dtype, torch.float32)
-    n = max(1, 2**23 // max(1, B * H * Tk))
-    for first in range(0, Tq if B and Tk else 0, n):
-        rows = slice(first, min(Tq, first + n))
-        keys = slice(0, max(1, min(Tk, rows.stop + offset)) if causal else Tk)
-        s = _grouped(q[:, rows].to(acc), G) @ k[:, keys].to(acc).permute(0, 2, 3, 1) * scale
-        hidden = torch.zeros(1, rows.stop - first, keys.stop, dtype=torch.bool, device=q.device)
-        if causal:
-            hidden = ~(~hidden).tril(first + offset)
-        if q_docs is not None:
-            hidden = hidden | (q_docs[:, rows, None] != k_docs[:, None, keys])
-        s.view(B, G, H // G, *hidden.shape[1:]).masked_fill_(hidden[:, None, None], -torch.inf)
-        yield rows, keys, s
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    k_docs: torch.Tensor | None
+    causal: bool
+    offset: int
+    back: int | None
+    distance: int
+    cap: int
 
 
-def _attention_fwd_ref(q, k, v, q_docs, k_docs, scale, causal, offset, out_dtype):
-    (B, Tq, H, D), G, acc = q.shape, k.shape[2], torch.promote_types(q.dtype, torch.float32)
+def _parts(q, k, v, q_sink, k_sink, v_sink, k_docs, causal, window, q_start, k_start) -> list[_Part]:
+    """The keys without those that are sinks, and the sinks if there are any."""
+    def part(q, k, v, k_docs, causal, window, distance, cap):
+        Tq, Tk = q.shape[1], k.shape[1]
+        offset, back = (max(-Tq, min(Tk, distance - n)) for n in (0, window or 0))
+        hides = window is not None and back > -Tq
+        return _Part(q, k, v, k_docs, causal, offset, back if hides else None, distance, distance + Tq if cap is None else cap)
+
+    causal = causal or window is not None
+    if q_sink is None:
+        return [part(q, k, v, k_docs, causal, window, q_start - k_start, None)]
+    S = k_sink.shape[1]
+    first = max(0, min(k.shape[1], S - k_start))
+    if k_docs is not None:
+        k_docs = k_docs[:, first:]
+    return [part(q, k[:, first:], v[:, first:], k_docs, causal, window, q_start - k_start - first, None),
+            part(q_sink, k_sink, v_sink, None, True, None, q_start, None if window is None else S + window - 1)]
+
+
+def _hide(s, seen, at):
+    """The scores s (B, H, n, keys) from key `at` on become -inf where `seen`, a mask that broadcasts, is false."""
+    s[..., at:at + seen.shape[-1]].masked_fill_(~seen, -torch.inf)
+
+
+def _scores(part, rows, alibi_slopes, q_docs, scale):
+    """
+    The keys of `part` that some of these rows see, as a slice, and the masked scores (B, G, H/G n, keys) in float32, or
+    float64 for float64. Only those keys are read.
+    """
+    (B, Tk, G, _), H, acc = part.k.shape, part.q.shape[2], torch.promote_types(part.q.dtype, torch.float32)
+    first = 0 if part.back is None else min(Tk, max(0, rows.start + part.back + 1))
+    keys = slice(first, max(first, min(Tk, rows.stop + part.offset)) if part.causal else Tk)
+    s = _grouped(part.q[:, rows].to(acc) * scale, G) @ part.k[:, keys].to(acc).permute(0, 2, 3, 1)
+    i, j = (torch.arange(x.start, x.stop, device=s.device) for x in (rows, keys))
+    i, by_head = i[:, None], s.view(B, H, len(i), len(j))
+    if alibi_slopes is not None:
+        distance = (i + part.distance).clamp(max=part.cap) - j
+        by_head.addcmul_(alibi_slopes.to(acc).view(H, 1, 1), distance.to(acc), value=-1)
+    if part.causal:  # the first row sees the keys up to rows.start + offset, the others at least those
+        at = max(0, min(len(j), rows.start + part.offset + 1 - first))
+        _hide(by_head, j[at:] <= i + part.offset, at)
+    if part.back is not None:  # the last row sees the keys from rows.stop + back on
+        _hide(by_head, j[:max(0, rows.stop + part.back - first)] > i + part.back, 0)
+    if part.k_docs is not None:
+        _hide(by_head, (q_docs[:, rows, None] == part.k_docs[:, None, keys])[:, None], 0)
+    return keys, s
+
+
+def _row_blocks(parts):
+    """Slices of the rows: 2^23 scores at most, and few rows compared with a window, so that few scores are masked."""
+    (B, Tq, H, _), n, keys = parts[0].q.shape, parts[0].q.shape[1], sum(part.k.shape[1] for part in parts)
+    if parts[0].back is not None:
+        window = parts[0].offset - parts[0].back
+        n = max(64, window // 2)
+        keys = min(keys, n + window)
+    n = max(1, min(n, 2**23 // max(1, B * H * keys)))
+    return [slice(start, min(Tq, start + n)) for start in range(0, Tq if B else 0, n)]
+
+
+def _attention_fwd_ref(q, k, v, q_sink, k_sink, v_sink, alibi_slopes, q_docs, k_docs, scale, causal, window, q_start,
+                       k_start, out_dtype):
+    (B, Tq, H, D), acc = q.shape, torch.promote_types(q.dtype, torch.float32)
+    parts = _parts(q, k, v, q_sink, k_sink, v_sink, k_docs, causal, window, q_start, k_start)
     out = torch.zeros(q.shape, dtype=out_dtype, device=q.device)
     lse = torch.full((B, H, Tq), -torch.inf, dtype=acc, device=q.device)
-    for rows, keys, s in _row_blocks(q, k, q_docs, k_docs, scale, causal, offset):
-        top = s.amax(-1, keepdim=True)
+    for rows in _row_blocks(parts):
+        scores = [(part, *_scores(part, rows, alibi_slopes, q_docs, scale)) for part in parts]
+        tops = [s.amax(-1, keepdim=True) for *_, s in scores if s.shape[-1]]
+        if not tops:
+            continue
+        top = functools.reduce(torch.maximum, tops)
         top = top.masked_fill_(top == -torch.inf, 0.0)
-        p = s.sub_(top).exp_()
-        total = p.sum(-1, keepdim=True)
-        p = p.div_(total.masked_fill(total == 0, 1.0))
-        out[:, rows] = _ungrouped(p @ v[:, keys].to(acc).transpose(1, 2), rows.stop - rows.start, H)
+        total = b_out = 0.0
+        for part, keys, s in scores:
+            p = s.sub_(top).exp_()
+            total = total + p.sum(-1, keepdim=True)
+            b_out = b_out + p @ part.v[:, keys].to(acc).transpose(1, 2)
+        b_out = b_out / total.masked_fill(total == 0, 1.0)
+        out[:, rows] = _ungrouped(b_out, rows.stop - rows.start, H)
         lse[:, :, rows] = (top + total.log()).view(B, H, -1)
     return out, lse
 
 
-def _attention_bwd_ref(dout, dlse, q, k, v, out, lse, q_docs, k_docs, scale, causal, offset):
+def _attention_bwd_ref(dout, dlse, q, k, v, q_sink, k_sink, v_sink, out, lse, alibi_slopes, q_docs, k_docs, scale, causal,
+                       window, q_start, k_start):
+    """-> [dq, dk, dv], and with sinks [..., dq_sink, dk_sink, dv_sink]."""
     H, G, acc = q.shape[2], k.shape[2], torch.promote_types(q.dtype, torch.float32)
-    dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = (torch.zeros(k.shape, dtype=acc, device=k.device).transpose(1, 2) for _ in range(2))
-    for rows, keys, s in _row_blocks(q, k, q_docs, k_docs, scale, causal, offset):
-        b_lse, b_dlse = (0 if x is None else x[:, :, rows].reshape(*s.shape[:3], 1) for x in (lse, dlse))
+    parts = _parts(q, k, v, q_sink, k_sink, v_sink, k_docs, causal, window, q_start, k_start)
+    grads = [[torch.zeros(x.shape, dtype=dtype, device=q.device)
+              for x, dtype in ((part.q, q.dtype), (part.k, acc), (part.v, acc))] for part in parts]
+    for rows in _row_blocks(parts):
+        b_lse, b_dlse = (0 if x is None else x[:, :, rows].reshape(q.shape[0], G, -1, 1) for x in (lse, dlse))
         empty = b_lse == -torch.inf
-        p = s.sub_(b_lse.masked_fill(empty, 0.0)).exp_()
-        b_q, b_out, b_dout = (_grouped(x[:, rows].to(acc), G) for x in (q, out, dout))
+        b_lse = b_lse.masked_fill(empty, 0.0)
+        b_out, b_dout = (_grouped(x[:, rows].to(acc), G) for x in (out, dout))
         delta = ((b_dout * b_out).sum(-1, keepdim=True) - b_dlse).masked_fill(empty, 0.0)
-        dv[:, :, keys] += p.mT @ b_dout
-        ds = p.mul_((b_dout @ v[:, keys].to(acc).permute(0, 2, 3, 1)).sub_(delta)).mul_(scale)
-        dk[:, :, keys] += ds.mT @ b_q
-        dq[:, rows] = _ungrouped(ds @ k[:, keys].to(acc).transpose(1, 2), rows.stop - rows.start, H)
-    return dq, dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype)
+        for part, (dq, dk, dv) in zip(parts, grads):
+            keys, s = _scores(part, rows, alibi_slopes, q_docs, scale)
+            b_k, b_v = (x[:, keys].to(acc).transpose(1, 2) for x in (part.k, part.v))
+            p = s.sub_(b_lse).exp_()
+            dv.transpose(1, 2)[:, :, keys] += p.mT @ b_dout
+            ds = p.mul_((b_dout @ b_v.mT).sub_(delta))
+            dk.transpose(1, 2)[:, :, keys] += ds.mT @ _grouped(part.q[:, rows].to(acc) * scale, G)
+            dq[:, rows] = _ungrouped(ds @ b_k * scale, rows.stop - rows.start, H)
+    left_out = k.shape[1] - parts[0].k.shape[1]
+    grads[0][1:] = (F.pad(x, (0, 0, 0, 0, left_out, 0)) for x in grads[0][1:])
+    return [x.to(q.dtype) for part in grads for x in part]
 
 
-def attention_ref(q, k, v, *, scale, causal, offset=0, q_docs=None, k_docs=None):
+def attention_ref(q, k, v, *, scale, causal, window=None, sinks=None, alibi_slopes=None, q_docs=None, k_docs=None,
+                  q_start=0, k_start=0):
     """
     The meaning of `attention`, in plain torch: (out, lse) in float32, or float64 for float64 inputs. Memory stays
-    bounded: a block of rows at a time, recomputed in the backward pass.
+    bounded: a block of rows at a time, recomputed in the backward pass. With a window, time grows with Tq x window.
     """
     acc = torch.promote_types(q.dtype, torch.float32)
-    return _Attention.apply(q, k, v, q_docs, k_docs, scale, causal, offset, acc, False)
+    return _Attention.apply(q, k, v, *sinks or 3 * (None,), alibi_slopes, q_docs, k_docs, scale, causal, window, q_start,
+                            k_start, acc, False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -461,8 +540,12 @@ def _shared_arguments(q, k, scale, causal, q_docs):
                      SCALE=scale * LOG2E.value, PRECISION=dot_precision(q.dtype), ACC=getattr(tl, str(acc)[6:]))
 
 
-def _attention_fwd(q, k, v, q_docs, k_docs, scale, causal, offset, out_dtype):
+def _attention_fwd(q, k, v, q_sink, k_sink, v_sink, alibi_slopes, q_docs, k_docs, scale, causal, window, q_start, k_start,
+                   out_dtype):
     """-> out, and log2 of the softmax denominator (B, H, Tq)."""
+    if window is not None or q_sink is not None or alibi_slopes is not None:
+        raise NotImplementedError("attention: window, sinks and ALiBi do not have Triton kernels yet")
+    offset = q_start - k_start
     q, k, v = _strided(q), _strided(k), _strided(v)
     (B, Tq, H, D), Tk = q.shape, k.shape[1]
     acc, constants = _shared_arguments(q, k, scale, causal, q_docs)
@@ -481,7 +564,9 @@ def _attention_fwd(q, k, v, q_docs, k_docs, scale, causal, offset, out_dtype):
     return out, lse
 
 
-def _attention_bwd(dout, dlse, q, k, v, out, lse, q_docs, k_docs, scale, causal, offset):
+def _attention_bwd(dout, dlse, q, k, v, q_sink, k_sink, v_sink, out, lse, alibi_slopes, q_docs, k_docs, scale, causal,
+                   window, q_start, k_start):
+    offset = q_start - k_start
     q, k, v, dout = _strided(q), _strided(k), _strided(v), _strided(dout)
     dlse = None if dlse is None else dlse.contiguous()
     (B, Tq, H, D), (_, Tk, G, _) = q.shape, k.shape
@@ -489,7 +574,7 @@ def _attention_bwd(dout, dlse, q, k, v, out, lse, q_docs, k_docs, scale, causal,
     dq, delta = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty_like(lse)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     if not B or not Tq or not Tk:
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        return [dq.zero_(), dk.zero_(), dv.zero_()]
     tiles, block_d = _tiles(q)
     offset = max(-Tq, min(Tk, offset))
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
@@ -505,49 +590,54 @@ def _attention_bwd(dout, dlse, q, k, v, out, lse, q_docs, k_docs, scale, causal,
         lo, hi = _doc_ranges(k_docs, q_docs, options["BLOCK_N"], options["BLOCK_M"])
     _attention_dkdv_kernel[(triton.cdiv(Tk, options["BLOCK_N"]) * B * G,)](
         q, k, v, dout, lse, delta, dk, dv, q_docs, k_docs, lo, hi, Tq, Tk, offset, *strides, **constants, **options)
-    return dq, dk, dv
+    return [dq, dk, dv]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # registration, autograd
 
 register("attention_fwd",
-         "(Tensor q, Tensor k, Tensor v, Tensor? q_docs, Tensor? k_docs, float scale, bool causal, SymInt offset, "
+         "(Tensor q, Tensor k, Tensor v, Tensor? q_sink, Tensor? k_sink, Tensor? v_sink, Tensor? alibi_slopes, "
+         "Tensor? q_docs, Tensor? k_docs, float scale, bool causal, SymInt? window, SymInt q_start, SymInt k_start, "
          "ScalarType out_dtype, bool triton) -> (Tensor, Tensor)", _implementation(_attention_fwd, _attention_fwd_ref),
-         lambda q, k, v, q_docs, k_docs, scale, causal, offset, out_dtype, triton: (
-             q.new_empty(q.shape, dtype=out_dtype),
+         lambda q, *_: (
+             q.new_empty(q.shape, dtype=_[-2]),
              q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))))
 register("attention_bwd",
-         "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? q_docs, Tensor? k_docs, "
-         "float scale, bool causal, SymInt offset, bool triton) -> (Tensor, Tensor, Tensor)",
+         "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? q_sink, Tensor? k_sink, Tensor? v_sink, "
+         "Tensor out, Tensor lse, Tensor? alibi_slopes, Tensor? q_docs, Tensor? k_docs, float scale, bool causal, "
+         "SymInt? window, SymInt q_start, SymInt k_start, bool triton) -> Tensor[]",
          _implementation(_attention_bwd, _attention_bwd_ref),
-         lambda dout, dlse, q, k, v, out, lse, q_docs, k_docs, scale, causal, offset, triton: (
-             q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)))
+         lambda dout, dlse, q, k, v, q_sink, k_sink, v_sink, *_: [
+             x.new_empty(x.shape) for x in (q, k, v, q_sink, k_sink, v_sink) if x is not None])
 
 
 class _Attention(torch.autograd.Function):
     """(out, lse); lse in base 2 if it comes from the Triton kernels."""
 
     @staticmethod
-    def forward(ctx, q, k, v, q_docs, k_docs, scale, causal, offset, out_dtype, triton):
+    def forward(ctx, q, k, v, q_sink, k_sink, v_sink, alibi_slopes, q_docs, k_docs, *options):
+        """options: scale, causal, window, q_start, k_start, out_dtype, triton."""
         ctx.set_materialize_grads(False)
-        out, lse = torch.ops.nanolong.attention_fwd(q, k, v, q_docs, k_docs, scale, causal, offset, out_dtype, triton)
-        ctx.save_for_backward(q, k, v, out, lse, q_docs, k_docs)
-        ctx.options = scale, causal, offset, triton
+        inputs, rest = (q, k, v, q_sink, k_sink, v_sink), (alibi_slopes, q_docs, k_docs)
+        out, lse = torch.ops.nanolong.attention_fwd(*inputs, *rest, *options)
+        ctx.save_for_backward(*inputs, out, lse, *rest)
+        ctx.options = *options[:-2], options[-1]
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse):
-        q, k, v, out, lse, *docs = ctx.saved_tensors
+        out = ctx.saved_tensors[6]
         dout = torch.zeros_like(out) if dout is None else dout
-        return *torch.ops.nanolong.attention_bwd(dout, dlse, q, k, v, out, lse, *docs, *ctx.options), *7 * (None,)
+        grads = torch.ops.nanolong.attention_bwd(dout, dlse, *ctx.saved_tensors, *ctx.options)
+        return *grads, *(16 - len(grads)) * (None,)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # public functions
 
-def _validate(q, k, v, q_docs, k_docs):
+def _validate(q, k, v, window, sinks, alibi_slopes, q_docs, k_docs):
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"attention: q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
                          "q must be (B, Tq, H, D), k and v (B, Tk, G, D)")
@@ -557,6 +647,22 @@ def _validate(q, k, v, q_docs, k_docs):
         raise ValueError(f"attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads")
     if q.shape[3] > 256:
         raise ValueError(f"attention: head dim {q.shape[3]} is more than 256")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window is {window}, it must be at least 1: the query's own position counts")
+    if sinks is not None:
+        if len(sinks) != 3:
+            raise ValueError(f"attention: sinks are {len(sinks)} tensors, they must be three: q_sink, k_sink, v_sink")
+        q_sink, k_sink, v_sink = sinks
+        B, S, (G, D) = q.shape[0], k_sink.shape[1], k.shape[2:]
+        if q_sink.shape != q.shape or not tuple(k_sink.shape) == tuple(v_sink.shape) == (B, S, G, D):
+            raise ValueError(f"attention: sinks are {', '.join(str(tuple(x.shape)) for x in sinks)}: they must be q_sink "
+                             f"{tuple(q.shape)} like q, k_sink and v_sink ({B}, S, {G}, {D})")
+        if not q_sink.dtype == k_sink.dtype == v_sink.dtype == q.dtype:
+            raise ValueError(f"attention: sinks are {q_sink.dtype}, {k_sink.dtype}, {v_sink.dtype}, q is {q.dtype}: they "
+                             "must be equal")
+    if alibi_slopes is not None and alibi_slopes.shape != q.shape[2:3]:
+        raise ValueError(f"attention: alibi_slopes are {tuple(alibi_slopes.shape)}, they must be one per query head, "
+                         f"({q.shape[2]},)")
     if (q_docs is None) != (k_docs is None):
         raise ValueError("attention: q_docs and k_docs go together: pass both or neither")
     if q_docs is not None and (q_docs.is_floating_point() or k_docs.is_floating_point()):
@@ -566,8 +672,8 @@ def _validate(q, k, v, q_docs, k_docs):
                          f"{tuple(q.shape[:2])} and {tuple(k.shape[:2])}")
 
 
-def attention(q, k, v, *, scale=None, causal=True, q_docs=None, k_docs=None, q_start=0, k_start=0, out_dtype=None,
-              return_lse=False):
+def attention(q, k, v, *, scale=None, causal=True, window=None, sinks=None, alibi_slopes=None, q_docs=None, k_docs=None,
+              q_start=0, k_start=0, out_dtype=None, return_lse=False):
     """
     Softmax attention of q (B, Tq, H, D) over k, v (B, Tk, G, D), H a multiple of G, D <= 256, any strides with a
     contiguous last dim -> out (B, Tq, H, D) in `out_dtype` (default q's), and with return_lse also lse (B, H, Tq)
@@ -575,25 +681,39 @@ def attention(q, k, v, *, scale=None, causal=True, q_docs=None, k_docs=None, q_s
     that sees no key has out 0, lse -inf, gradient 0.
 
     scale > 0 multiplies the scores, default 1/sqrt(D). Row t of q sits at position q_start + t, row t of k at k_start +
-    t; causal: a query sees keys at its own position and before. q_docs (B, Tq), k_docs (B, Tk) int, ids below 2^31: a
-    query sees keys of its own document only. ValueError on sizes that do not fit. FlashAttention-2, Dao, arXiv
-    2307.08691.
+    t; causal: a query sees keys at its own position and before. window=W: the keys k_pos with q_pos - W < k_pos <=
+    q_pos, whatever `causal` says; time grows with Tq x W. q_docs (B, Tq), k_docs (B, Tk) int, ids below 2^31: a query sees
+    keys of its own document only.
+
+    sinks=(q_sink (B, Tq, H, D), k_sink, v_sink (B, S, G, D)): the text's first S tokens, seen from everywhere: q_sink
+    attends to k_sink[j] for j <= q_pos in the same softmax, whatever window and documents say, and keys of k at
+    positions below S are left out (they are these). With RoPE, q_sink is the query rotated at min(q_pos, S + W - 1):
+    then this equals StreamingLLM (arXiv 2309.17453) run token by token, with positions counted inside its cache.
+    alibi_slopes (H,): slope_h * (q_pos - k_pos) is taken off the scaled scores (ALiBi, arXiv 2108.12409); for sink j
+    the distance is min(q_pos, S + W - 1) - j, without a window q_pos - j. The slopes get no gradient.
+
+    ValueError on sizes that do not fit. FlashAttention-2, Dao, arXiv 2307.08691.
     """
-    _validate(q, k, v, q_docs, k_docs)
+    _validate(q, k, v, window, sinks, alibi_slopes, q_docs, k_docs)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if scale <= 0:
         raise ValueError(f"attention: scale is {scale}, it must be greater than 0")
-    offset, out_dtype = q_start - k_start, out_dtype or q.dtype
+    out_dtype = out_dtype or q.dtype
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.detach().to(torch.promote_types(q.dtype, torch.float32)).contiguous()
     if use_triton(q):
         docs = (x if x is None else x.to(torch.int32).contiguous() for x in (q_docs, k_docs))
-        out, log2_sum = _Attention.apply(q, k, v, *docs, scale, causal, offset, out_dtype, True)
+        out, log2_sum = _Attention.apply(q, k, v, *sinks or 3 * (None,), alibi_slopes, *docs, scale, causal, window,
+                                         q_start, k_start, out_dtype, True)
         return (out, log2_sum * LN2.value) if return_lse else out
-    Tq, Tk = q.shape[1], k.shape[1]
-    all_seen = not causal or offset >= Tk - 1
-    plain = q_docs is None and not return_lse and out_dtype == q.dtype and Tq and Tk
+    Tq, Tk, offset = q.shape[1], k.shape[1], q_start - k_start
+    all_seen = not causal and window is None or offset >= Tk - 1
+    plain = sinks is None and alibi_slopes is None and (window is None or Tq + offset <= window)
+    plain = plain and q_docs is None and not return_lse and out_dtype == q.dtype and Tq and Tk
     if plain and (all_seen or offset == 0 and Tq == Tk):
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale,
                                              is_causal=not all_seen, enable_gqa=q.shape[2] != k.shape[2])
         return out.transpose(1, 2)
-    out, lse = attention_ref(q, k, v, scale=scale, causal=causal, offset=offset, q_docs=q_docs, k_docs=k_docs)
+    out, lse = attention_ref(q, k, v, scale=scale, causal=causal, window=window, sinks=sinks, alibi_slopes=alibi_slopes,
+                             q_docs=q_docs, k_docs=k_docs, q_start=q_start, k_start=k_start)
     return (out.to(out_dtype), lse) if return_lse else out.to(out_dtype)

@@ -5,52 +5,85 @@ import random
 import pytest
 import torch
 from helpers import LiveBytes, assert_close_2x, guarded, poisoned_empty
+from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import attention, merge_attention
+import kernels
+from kernels import merge_attention
 from kernels.attention import _attention_bwd_ref, _attention_fwd_ref, _doc_ranges
 from kernels.merge import merge_attention_ref
 
 
-def visible(q, k, causal=True, q_start=0, k_start=0, q_docs=None, k_docs=None, scale=None):
-    """(B, 1, Tq, Tk) bool."""
-    seen = torch.ones(q.shape[0], 1, q.shape[1], k.shape[1], dtype=torch.bool)
-    if causal:
-        seen = seen & (torch.arange(k.shape[1])[None] + k_start <= torch.arange(q.shape[1])[:, None] + q_start)
+def attention(*args, **options):
+    try:
+        return kernels.attention(*args, **options)
+    except NotImplementedError as e:
+        pytest.skip(str(e))
+
+
+def every_score(q, k, v, scale=None, causal=True, window=None, sinks=None, alibi_slopes=None, q_docs=None, k_docs=None,
+                q_start=0, k_start=0):
+    """
+    By the positions, one part of the definition at a time: what each query gives each key, the sinks first. Scores
+    (B, H, Tq, S + Tk) in q's dtype, which of them count (B, 1, Tq, S + Tk), and the values (B, S + Tk, H, D).
+    """
+    B, group, scale = q.shape[0], q.shape[2] // k.shape[2], q.shape[3] ** -0.5 if scale is None else scale
+    q_pos, k_pos = (torch.arange(x.shape[1])[None] + start for x, start in ((q, q_start), (k, k_start)))
+    distance = q_pos.mT - k_pos
+    seen = torch.ones(B, 1, *distance.shape, dtype=torch.bool)
+    if causal or window is not None:
+        seen = seen & (distance >= 0)
+    if window is not None:
+        seen = seen & (distance < window)
     if q_docs is not None:
         seen = seen & (q_docs[:, None, :, None] == k_docs[:, None, None, :])
-    return seen
+    k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+    s = torch.einsum("bthd,bshd->bhts", q, k) * scale
+    if sinks is not None:
+        q_sink, k_sink, v_sink = sinks
+        j = torch.arange(k_sink.shape[1])[None]
+        to_sink = (q_pos if window is None else q_pos.clamp(max=j.shape[1] + window - 1)).mT - j
+        distance = torch.cat([to_sink, distance], 1)
+        seen = torch.cat([(j <= q_pos.mT).expand(B, 1, *to_sink.shape), seen & (k_pos >= j.shape[1])], -1)
+        k_sink, v_sink = (x.repeat_interleave(group, 2) for x in (k_sink, v_sink))
+        s = torch.cat([torch.einsum("bthd,bshd->bhts", q_sink, k_sink) * scale, s], -1)
+        v = torch.cat([v_sink, v], 1)
+    if alibi_slopes is not None:
+        s = s - (alibi_slopes.double()[:, None, None] * distance).to(s.dtype)
+    return s, seen, v
 
 
-def dense(q, k, v, scale=None, **options):
+def dense(q, k, v, **options):
     """Attention with every score written out, in the inputs' dtype: (out, lse). Rows that see nothing: 0 and -inf."""
-    group = q.shape[2] // k.shape[2]
-    seen = visible(q, k, **options)
-    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
-    s = torch.einsum("bthd,bshd->bhts", q, k) * (q.shape[3] ** -0.5 if scale is None else scale)
+    s, seen, v = every_score(q, k, v, **options)
     any_seen = seen.any(-1, keepdim=True)
     s = s.masked_fill(~seen & any_seen, -torch.inf)  # rows that see nothing stay finite here and are zeroed below
     out = torch.einsum("bhts,bshd->bthd", s.softmax(-1) * any_seen, v)
     return out, s.logsumexp(-1).masked_fill(~any_seen.squeeze(-1).expand(s.shape[:3]), -torch.inf)
 
 
-def same_maths(q, k, v, douts, scale=None, **options):
+def same_maths(q, k, v, douts, sinks=None, **options):
     """What `run` of the kernel computes, in plain torch: p again in the backward pass, base 2, from the rounded lse."""
-    (B, Tk, G, D), group = k.shape, q.shape[2] // k.shape[2]
-    scale, (dout, dlse) = D ** -0.5 if scale is None else scale, (x.to(q.dtype) for x in douts)
-    out, lse = dense(q, k, v, scale, **options)
-    seen, k, v = visible(q, k, **options), k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    options["scale"] = scale = options.get("scale") or q.shape[3] ** -0.5
+    (B, Tk, G, D), S, (dout, dlse) = k.shape, 0 if sinks is None else sinks[1].shape[1], (x.to(q.dtype) for x in douts)
+    out, lse = dense(q, k, v, sinks=sinks, **options)
+    s, seen, v = every_score(q, k, v, sinks=sinks, **options)
     log2e = 1.4426950408889634
-    s = torch.einsum("bthd,bshd->bhts", q, k) * (scale * log2e)
-    p = (s - (lse * log2e)[..., None]).exp2().masked_fill(~seen, 0.0)
+    p = (s * log2e - (lse * log2e)[..., None]).exp2().masked_fill(~seen, 0.0)
     delta = (dout * out).sum(-1).transpose(1, 2) - dlse
     ds = p * (torch.einsum("bthd,bshd->bhts", dout, v) - delta[..., None])
-    dk, dv = torch.einsum("bhts,bthd->bshd", ds, q) * scale, torch.einsum("bhts,bthd->bshd", p, dout)
-    dk, dv = (x.view(B, Tk, G, group, D).sum(3) for x in (dk, dv))
-    return dict(out=out, lse=lse, dq=torch.einsum("bhts,bshd->bthd", ds, k) * scale, dk=dk, dv=dv)
+    result = dict(out=out, lse=lse)
+    for name, (q, k), columns in zip(("", "_sink"), ((q, k), (sinks or (None, None))[:2]), (slice(S, None), slice(S))):
+        if q is None:
+            break
+        dk, dv = torch.einsum("bhts,bthd->bshd", ds[..., columns], q), torch.einsum("bhts,bthd->bshd", p[..., columns], dout)
+        dk, dv = (x.view(*k.shape[:3], -1, D).sum(3) for x in (dk * scale, dv))
+        dq = torch.einsum("bhts,bshd->bthd", ds[..., columns], k.repeat_interleave(q.shape[2] // G, 2)) * scale
+        result.update({f"dq{name}": dq, f"dk{name}": dk, f"dv{name}": dv})
+    return result
 
 
 def draw_case(rng):
-    """Arguments of one random call: sizes, offsets, documents, layout."""
+    """Arguments of one random call: sizes, options, layout."""
     B, G, group, D = rng.choice([1, 2]), rng.choice([1, 2]), rng.choice([1, 2, 3]), rng.choice([8, 16, 24, 33, 64])
     Tq, Tk = rng.randint(8, 50), rng.randint(8, 50)  # a row with one key has a gradient of rounding errors only
     if rng.random() < 0.4:
@@ -65,28 +98,54 @@ def draw_case(rng):
         options["q_docs"], options["k_docs"] = torch.randint(0, ids, (B, Tq)), torch.randint(0, ids + 1, (B, Tk))
         if rng.random() < 0.7:
             options["q_docs"], options["k_docs"] = options["q_docs"].sort(1).values, options["k_docs"].sort(1).values
-    return (B, Tq, Tk, G * group, G, D), options, rng.choice(["contiguous", "fused", "heads_first"])
+    layout = rng.choice(["contiguous", "fused", "heads_first"])
+    S = 0
+    if rng.random() < 0.6:
+        options["window"] = rng.choice([rng.randint(4, 12), rng.randint(4, 40)])
+    if rng.random() < 0.5:
+        S = rng.choice([2, 4, 20])
+        if rng.random() < 0.5:  # the first or some of the sinks are not among the keys
+            options["k_start"] = rng.randint(0, S)
+            options["q_start"] = options["k_start"] + rng.choice([0, rng.randint(0, 40)])
+    if rng.random() < 0.4:
+        options["alibi_slopes"] = torch.rand(G * group) * 0.2
+        if options["q_start"] > 10**6 and (S or options["k_start"] < 10**6):
+            options["q_start"], options["k_start"] = 31, 7  # a score of -10^8 has no digits left for the keys' differences
+    return (B, Tq, Tk, S, G * group, G, D), options, layout
 
 
 def tensors(sizes, layout, dtype):
-    """q, k, v of these sizes: contiguous, as views of one fused projection (when Tq = Tk), or stored (B, H, T, D)."""
-    B, Tq, Tk, H, G, D = sizes
+    """
+    q, k, v, and if there are sinks q_sink, k_sink, v_sink, of these sizes: contiguous, as views of one fused projection
+    (when Tq = Tk), or stored (B, H, T, D).
+    """
+    B, Tq, Tk, S, H, G, D = sizes
+    shapes = [(B, Tq, H, D), (B, Tk, G, D), (B, Tk, G, D), *((B, Tq, H, D), (B, S, G, D), (B, S, G, D))[:3 * bool(S)]]
     if layout == "fused" and Tq == Tk:
-        return torch.randn(B, Tq, H + 2 * G, D, dtype=dtype).split([H, G, G], dim=2)
-    shapes = [(B, Tq, H, D), (B, Tk, G, D), (B, Tk, G, D)]
+        q, k, v, *rest = torch.randn(B, Tq, 2 * H + 2 * G, D, dtype=dtype).split([H, G, G, H], dim=2)
+        return [q, k, v, *rest[:bool(S)], *(torch.randn(shape, dtype=dtype) for shape in shapes[4:])]
     if layout == "heads_first":
         return [torch.randn(b, h, t, d, dtype=dtype).transpose(1, 2) for b, t, h, d in shapes]
     return [torch.randn(shape, dtype=dtype) for shape in shapes]
 
 
+def with_sinks(inputs, options):
+    """q, k, v, [q_sink, k_sink, v_sink] and options -> q, k, v and options with sinks."""
+    return inputs[:3], {**options, "sinks": tuple(inputs[3:])} if len(inputs) > 3 else options
+
+
 def run(f, inputs, douts, **options):
-    """(out, lse, dq, dk, dv) for random upstream gradients on out and on the finite lse."""
+    """
+    (out, lse, dq, dk, dv), and (dq_sink, dk_sink, dv_sink) for inputs of six, for upstream gradients on out and on the
+    finite lse.
+    """
     inputs = [x.detach().requires_grad_() for x in inputs]
-    out, lse = f(*inputs, **options)
+    first, options = with_sinks(inputs, options)
+    out, lse = f(*first, **options)
     dout, dlse = (x.to(out.dtype) for x in douts)
     seen = lse > -torch.inf
     grads = torch.autograd.grad([out, lse.masked_fill(~seen, 0.0)], inputs, [dout, dlse])
-    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads)))
+    return dict(zip(("out", "lse", "dq", "dk", "dv", "dq_sink", "dk_sink", "dv_sink"), (out, lse, *grads)))
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
@@ -96,17 +155,20 @@ def test_random_draws(seed, dtype, backend, monkeypatch):
     monkeypatch.setenv("NANOLONG_KERNELS", backend)
     sizes, options, layout = draw_case(random.Random(seed))
     torch.manual_seed(seed)
-    q, k, v = tensors(sizes, layout, dtype)
+    inputs = tensors(sizes, layout, dtype)
+    q = inputs[0]
     dout = dict(contiguous=torch.randn(q.shape), fused=torch.randn(q.shape[:2])[..., None, None].expand(q.shape),
                 heads_first=torch.randn(q.transpose(1, 2).shape).transpose(1, 2))[layout]  # strides of all kinds
     douts = [x.to(dtype).double() for x in (dout, torch.randn(q.shape[0], q.shape[2], q.shape[1]))]
-    guards = [guarded(x) for x in (q, k, v)]
+    guards = [guarded(x) for x in inputs]
     with poisoned_empty():
         actual = run(attention, [x.tensor for x in guards], douts, return_lse=True, **options)
     for guard in guards:
         guard.check()
-    oracle = run(dense, [x.double() for x in (q, k, v)], douts, **options)
-    plain = same_maths(q, k, v, douts, **options)
+    oracle = run(dense, [x.double() for x in inputs], douts, **options)
+    first, same_options = with_sinks(inputs, options)
+    plain = same_maths(*first, douts, **same_options)
+    assert actual.keys() == oracle.keys() == plain.keys()
     for name, value in actual.items():
         assert_close_2x(value, oracle[name], plain[name].to(value.dtype), f"{name} {sizes} {layout} {options}")
 
@@ -130,7 +192,7 @@ def test_lse_gradient_alone(triton_kernels):
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("sizes", [
-    (1, 1, 1, 1, 1, 1), (2, 1, 37, 4, 2, 16), (1, 33, 1, 2, 1, 256), (0, 9, 9, 2, 1, 16)], ids=str)
+    (1, 1, 1, 0, 1, 1, 1), (2, 1, 37, 0, 4, 2, 16), (1, 33, 1, 0, 2, 1, 256), (0, 9, 9, 0, 2, 1, 16)], ids=str)
 def test_extreme_sizes(sizes, backend, monkeypatch):
     """One row, key or dim, the largest head, an empty batch; documents of negative ids; some gradients unwanted."""
     monkeypatch.setenv("NANOLONG_KERNELS", backend)
@@ -165,6 +227,118 @@ def test_rows_that_see_nothing(Tq, Tk, q_start, docs, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("window, S, q_start, k_start, Tq, Tk", [
+    (1, 2, 0, 0, 20, 20),  # each row sees itself and the sinks
+    (100, 30, 0, 0, 20, 20),  # more sinks and window than keys: no key is left, and not all sinks are seen
+    (15, 3, 5, 5, 40, 40),  # the window ends within the first block of rows; no sink is among the keys
+    (10**9, 3, 7, 2, 20, 25), (17, 3, -4, 0, 40, 40), (33, 1, 60, 0, 3, 63), (3, 3, 50, 0, 20, 20), (9, 2, 0, 0, 9, 0)])
+def test_extreme_windows(window, S, q_start, k_start, Tq, Tk, alibi, backend, monkeypatch):
+    monkeypatch.setenv("NANOLONG_KERNELS", backend)
+    inputs = tensors((1, Tq, Tk, S, 4, 2, 8), "contiguous", torch.float64)
+    douts = torch.randn_like(inputs[0]), torch.randn(1, 4, Tq, dtype=torch.float64)
+    options = dict(window=window, q_start=q_start, k_start=k_start, causal=False, alibi_slopes=torch.rand(4) if alibi else None)
+    for some in (inputs, inputs[:3]):  # with and without sinks
+        actual, oracle = (run(f, some, douts, **options, **more)
+                          for f, more in ((attention, dict(return_lse=True)), (dense, {})))
+        for name in oracle:
+            torch.testing.assert_close(actual[name], oracle[name], rtol=1e-10, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("wanted", range(6))
+def test_each_gradient_alone(wanted, backend, monkeypatch):
+    monkeypatch.setenv("NANOLONG_KERNELS", backend)
+    inputs = tensors((1, 40, 40, 3, 2, 1, 8), "contiguous", torch.float64)
+    inputs[wanted].requires_grad_()
+    dout, options = torch.randn_like(inputs[0]), dict(window=9, alibi_slopes=torch.rand(2))
+    actual, oracle = (torch.autograd.grad(f(*inputs[:3], sinks=tuple(inputs[3:]), **options), inputs[wanted], dout)[0]
+                      for f in (attention, lambda *x, **y: dense(*x, **y)[0]))
+    torch.testing.assert_close(actual, oracle, rtol=1e-10, atol=1e-12)
+
+
+def rotated(x, positions):
+    """RoPE in complex numbers: x (B, T, H, D) float64, positions (T,)."""
+    D = x.shape[-1]
+    turns = torch.polar(torch.ones(()).double(), positions[:, None, None] * 100.0 ** -(torch.arange(D // 2).double() / (D / 2)))
+    return torch.view_as_real(torch.complex(x[..., :D // 2], x[..., D // 2:]) * turns).mT.flatten(-2)
+
+
+def streaming_llm(q, k, v, S, W, slopes):
+    """StreamingLLM as published, token by token: a cache of un-rotated keys that evicts, positions counted within it."""
+    cache_k, cache_v, outs = k[:, :0], v[:, :0], []
+    for t in range(q.shape[1]):
+        cache_k, cache_v = (torch.cat([cache, x[:, t:t + 1]], 1) for cache, x in ((cache_k, k), (cache_v, v)))
+        if cache_k.shape[1] > S + W:
+            cache_k, cache_v = (torch.cat([x[:, :S], x[:, S + 1:]], 1) for x in (cache_k, cache_v))
+        positions = torch.arange(cache_k.shape[1])
+        last = q[:, t:t + 1]
+        if slopes is None:
+            outs.append(dense(rotated(last, positions[-1:]), rotated(cache_k, positions), cache_v, causal=False)[0])
+        else:
+            outs.append(dense(last, cache_k, cache_v, q_start=len(positions) - 1, alibi_slopes=slopes)[0])
+    return torch.cat(outs, 1)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("position", ["rope", "alibi"])
+def test_streaming_llm(position, backend, monkeypatch):
+    """One call over the whole text, and one per chunk, equal the token by token loop far past the first eviction."""
+    monkeypatch.setenv("NANOLONG_KERNELS", backend)
+    T, S, W = 90, 3, 11
+    q, k, v = (torch.randn(2, T, h, 8, dtype=torch.float64) for h in (4, 2, 2))
+    slopes, t = torch.rand(4) if position == "alibi" else None, torch.arange(T)
+    expected = streaming_llm(q, k, v, S, W, slopes)
+    q_sink, k_sink = q, k[:, :S]
+    if position == "rope":
+        q_sink, k_sink = rotated(q, t.clamp(max=S + W - 1)), rotated(k_sink, t[:S])
+        q, k = rotated(q, t), rotated(k, t)
+    for chunk in (T, 33, 1):
+        for first in range(0, T, chunk) if chunk > 1 else (0, 2, 13, 14, 15, 60):
+            rows, keys = slice(first, first + chunk), slice(max(0, first - W + 1), first + chunk)  # what a state holds
+            out = attention(q[:, rows], k[:, keys], v[:, keys], sinks=(q_sink[:, rows], k_sink, v[:, :S]), window=W,
+                            alibi_slopes=slopes, q_start=first, k_start=keys.start)
+            torch.testing.assert_close(out, expected[:, rows], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_keys_out_of_the_window_are_not_visited(backend, monkeypatch):
+    """NaN in keys and values that no row sees, and in rows for the gradients of keys they do not see, goes unnoticed."""
+    monkeypatch.setenv("NANOLONG_KERNELS", backend)
+    T, W, S = 200, 20, 3
+    inputs = tensors((1, T, T, S, 4, 2, 8), "contiguous", torch.float64)
+    douts = torch.randn_like(inputs[0]), torch.randn(1, 4, T, dtype=torch.float64)
+    expected = run(attention, inputs, douts, window=W, return_lse=True)
+    q, k, v, *sinks = inputs
+    late = 100  # rows from here on see keys from 81 on; keys before 64 lie in other blocks
+    k_nan, v_nan = (x.clone().index_fill_(1, torch.arange(64), torch.nan) for x in (k, v))
+    actual = run(attention, [q[:, late:], k_nan, v_nan, sinks[0][:, late:], *sinks[1:]],
+                 [douts[0][:, late:], douts[1][:, :, late:]], window=W, q_start=late, return_lse=True)
+    for name in ("out", "dq", "dq_sink"):
+        torch.testing.assert_close(actual[name], expected[name][:, late:], rtol=1e-10, atol=1e-12, msg=name)
+    assert (actual["dk"][:, :64] == 0).all() and actual["dk"].isfinite().all()
+    late = 192  # the rows from here on do not see keys before 173, which lie in other blocks
+    q_nan = q.clone().index_fill_(1, torch.arange(late, T), torch.nan)
+    actual = run(attention, [q_nan, *inputs[1:]], douts, window=W, return_lse=True)
+    for name in ("dk", "dv"):
+        torch.testing.assert_close(actual[name][:, :100], expected[name][:, :100], rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_reference_work_grows_with_the_window():
+    """Products over T = 4096 rows and W = 512 keys each, sinks included: at most 1.5 times those that count."""
+    T, W, H, D = 4096, 512, 2, 16
+    q, k, v = (torch.randn(1, T, H, D) for _ in range(3))
+    sinks, rest = (q, k[:, :4], v[:, :4]), (None, None, None, 0.25, True, W, 0, 0)
+    with FlopCounterMode(display=False) as forward:
+        out, lse = _attention_fwd_ref(q, k, v, *sinks, *rest, torch.float32)
+    with FlopCounterMode(display=False) as backward:
+        _attention_bwd_ref(out, lse, q, k, v, *sinks, out, lse, *rest)
+    useful = 4 * H * D * T * (W + 4)
+    assert useful < forward.get_total_flops() < 1.5 * useful
+    assert backward.get_total_flops() < 1.5 * 2.5 * useful
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_future_leak(backend, return_lse, monkeypatch):
     """Keys and values from t on are replaced by others: rows before t do not change by a bit."""
@@ -192,16 +366,17 @@ def test_out_dtype(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda x: str(x)[6:])
-@pytest.mark.parametrize("options", [dict(), dict(causal=False), dict(docs=True)], ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(causal=False), dict(docs=True), dict(window=1020)], ids=str)
 def test_reference_memory_is_bounded(options, dtype):
     """At T = 8192 the scores are 512 MiB in float32; forward and backward keep a few blocks of 2^23 of them."""
     T, H, D = 8192, 2, 16
     q, k, v = (torch.randn(1, T, H, D, dtype=dtype) for _ in range(3))
     docs = dict.fromkeys(("q_docs", "k_docs"), torch.arange(T)[None] // 3000) if "docs" in options else {}
-    args = (q, k, v, docs.get("q_docs"), docs.get("k_docs"), 0.25, options.get("causal", True), 0)
+    sinks = (q, k[:, :4], v[:, :4]) if "window" in options else 3 * (None,)
+    rest = (None, docs.get("q_docs"), docs.get("k_docs"), 0.25, options.get("causal", True), options.get("window"), 0, 0)
     with LiveBytes() as live:
-        out, lse = _attention_fwd_ref(*args, dtype)
-        _attention_bwd_ref(out, lse, q, k, v, out, lse, *args[3:])
+        out, lse = _attention_fwd_ref(q, k, v, *sinks, *rest, dtype)
+        _attention_bwd_ref(out, lse, q, k, v, *sinks, out, lse, *rest)
     assert live.peak < 4 * 2**23 * 4 + 20 * q.nbytes, f"{live.peak / 2**20:.0f} MiB"
 
 
@@ -301,11 +476,11 @@ def test_merge_2x(dtype, triton_kernels):
 def test_opcheck(triton_kernels):
     q, k, v = (torch.randn(1, t, h, 16, requires_grad=True) for t, h in ((20, 2), (24, 1), (24, 1)))
     docs = torch.zeros(1, 20, dtype=torch.int64), torch.zeros(1, 24, dtype=torch.int64)
-    fwd = (q.detach(), k.detach(), v.detach(), *docs, 0.25, True, 4, torch.float32, True)
-    out, lse = torch.ops.nanolong.attention_fwd(*fwd)
-    torch.library.opcheck(torch.ops.nanolong.attention_fwd.default, fwd)
-    bwd = (out, lse, *fwd[:3], out, lse, *docs, 0.25, True, 4, True)
-    torch.library.opcheck(torch.ops.nanolong.attention_bwd.default, bwd)
+    for sinks, slopes, window in ((3 * (None,), None, None),):
+        inputs, rest = [x if x is None else x.detach() for x in (q, k, v, *sinks)], (slopes, *docs, 0.25, True, window, 4, 0)
+        out, lse = torch.ops.nanolong.attention_fwd(*inputs, *rest, torch.float32, True)
+        torch.library.opcheck(torch.ops.nanolong.attention_fwd.default, (*inputs, *rest, torch.float32, True))
+        torch.library.opcheck(torch.ops.nanolong.attention_bwd.default, (out, lse, *inputs, out, lse, *rest, True))
     torch.library.opcheck(torch.ops.nanolong.merge_attention_fwd.default, (out, lse, out, lse))
     torch.library.opcheck(torch.ops.nanolong.merge_attention_bwd.default, (out, lse) * 4)
 
@@ -339,11 +514,22 @@ def test_compiles_whole(backend, monkeypatch):
     (dict(q_docs=torch.zeros(1, 8), k_docs=torch.zeros(1, 8)), "document ids must be integers"),
     (dict(q_docs=torch.zeros(1, 8, dtype=torch.int32), k_docs=torch.zeros(1, 9, dtype=torch.int32)),
      r"must be \(1, 8\) and \(1, 8\)"),
+    (dict(window=0), "window is 0, it must be at least 1"),
+    (dict(sinks=((1, 8, 4, 16), (1, 3, 4, 16), (1, 3, 4, 16))),
+     r"\(1, 3, 4, 16\): they must be q_sink \(1, 8, 4, 16\) like q, k_sink and v_sink \(1, S, 2, 16\)"),
+    (dict(sinks=((1, 7, 4, 16), (1, 3, 2, 16), (1, 3, 2, 16))), r"q_sink \(1, 8, 4, 16\) like q"),
+    (dict(sinks=((1, 8, 4, 16), (1, 3, 2, 16))), "sinks are 2 tensors"),
+    (dict(alibi_slopes=torch.rand(2)), r"alibi_slopes are \(2,\), they must be one per query head, \(4,\)"),
     (dict(q=(1, 8, 4, 512), k=(1, 8, 2, 512), v=(1, 8, 2, 512)), "head dim 512 is more than 256")])
 def test_wrong_arguments(change, message):
     shapes = dict(q=(1, 8, 4, 16), k=(1, 8, 2, 16), v=(1, 8, 2, 16))
     shapes.update({name: change.pop(name) for name in list(change) if name in shapes})
+    if "sinks" in change:
+        change["sinks"] = tuple(torch.zeros(shape) for shape in change["sinks"])
     with pytest.raises(ValueError, match=message):
         attention(*(torch.zeros(shape) for shape in shapes.values()), **change)
     with pytest.raises(ValueError, match="must be equal"):
         attention(torch.zeros(1, 8, 2, 16), torch.zeros(1, 8, 2, 16).half(), torch.zeros(1, 8, 2, 16).half())
+    x = torch.zeros(1, 8, 2, 16)
+    with pytest.raises(ValueError, match="sinks are torch.float32, torch.float16, torch.float16, q is torch.float32"):
+        attention(x, x, x, sinks=(x, x.half(), x.half()))
