@@ -207,48 +207,76 @@ def _tile_store(X, x, rows, T, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _key_range(K_LO, K_HI, block, m0, T_Q, T_K, offset, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
-               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """For the rows from m0: every row sees all keys in [lo, mid); some row may see keys in [mid, hi); none sees others."""
+def _query_block(T_Q, H: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(batch entry, head, number of the block among all of the batch entry's, its first row) of this program."""
+    blocks = tl.cdiv(T_Q, BLOCK_M)
+    m_block = blocks - 1 - tl.program_id(0) % blocks  # the last blocks see the most keys: they go first
+    head = tl.program_id(0) // blocks
+    b = (head // H).to(tl.int64)
+    h = (head % H).to(tl.int64)
+    return b, h, b * blocks + m_block, m_block * BLOCK_M
+
+
+@triton.jit
+def _key_range(K_LO, K_HI, block, m0, T_Q, T_K, offset, back, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+               DOCS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """
+    For the rows from m0: every row sees all keys in [inner, mid); some row may see keys in [lo, inner) (the window's edge)
+    and in [mid, hi); none sees others. lo, inner and mid are multiples of BLOCK_N.
+    """
     lo = 0
+    inner = 0
     mid = T_K // BLOCK_N * BLOCK_N
     hi = T_K
     if CAUSAL:
         mid = tl.maximum(0, tl.minimum(T_K, m0 + 1 + offset)) // BLOCK_N * BLOCK_N
         hi = tl.maximum(0, tl.minimum(T_K, tl.minimum(T_Q, m0 + BLOCK_M) + offset))
+    if WINDOW:
+        lo = tl.maximum(0, tl.minimum(hi, m0 + 1 + back)) // BLOCK_N * BLOCK_N
+        inner = tl.maximum(lo, tl.cdiv(tl.minimum(hi, m0 + BLOCK_M + back), BLOCK_N) * BLOCK_N)
+        mid = tl.maximum(mid, inner)
     if DOCS:
-        lo = tl.load(K_LO + block) * BLOCK_N
+        lo = tl.maximum(lo, tl.load(K_LO + block) * BLOCK_N)
+        inner = lo
         mid = lo
         hi = tl.minimum(hi, tl.load(K_HI + block) * BLOCK_N)
-    return lo, mid, hi
+    return lo, inner, mid, hi
 
 
 @triton.jit
-def _visible(rows, keys, T_K, offset, row_docs, K_DOCS, CAUSAL: tl.constexpr, DOCS: tl.constexpr):
+def _visible(rows, keys, T_K, offset, back, row_docs, K_DOCS, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+             DOCS: tl.constexpr):
     """(rows, keys) mask."""
     mask = (keys < T_K)[None, :] & (rows >= 0)[:, None]  # the second is always true: it makes the shape
     if CAUSAL:
         mask = mask & (keys[None, :] <= rows[:, None] + offset)
+    if WINDOW:
+        mask = mask & (keys[None, :] > rows[:, None] + back)
     if DOCS:
         mask = mask & (row_docs[:, None] == tl.load(K_DOCS + keys, keys < T_K, 0)[None, :])
     return mask
 
 
 @triton.jit
-def _fwd_step(b_acc, b_sum, b_max, b_q, K, V, start, rows, row_docs, K_DOCS, T_K, offset, stride_kt, stride_vt,
-              MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
-              D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys [start, start + BLOCK_N) join the running softmax. SCALE includes log2(e)."""
+def _fwd_step(b_acc, b_sum, b_max, b_q, K, V, start, rows, row_docs, K_DOCS, T_K, offset, back, b_pos, slope,
+              stride_kt, stride_vt, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCS: tl.constexpr,
+              ALIBI: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+              BLOCK_N: tl.constexpr):
+    """Keys [start, start + BLOCK_N) join the running softmax. SCALE and slope include log2(e)."""
     n = tl.arange(0, BLOCK_N)
     b_k = _tile_load(K + tl.cast(start, tl.int64) * stride_kt, n, T_K - start, stride_kt, D, BLOCK_D, MASK)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    scale: tl.constexpr = 1.0 if ALIBI else SCALE
+    if ALIBI:
+        b_s = b_s * SCALE - slope * ((b_pos - start).to(b_s.dtype)[:, None] - n.to(b_s.dtype)[None, :])
     if MASK:
-        b_s = tl.where(_visible(rows, start + n, T_K, offset, row_docs, K_DOCS, CAUSAL, DOCS), b_s, float("-inf"))
-    b_new = tl.maximum(b_max, tl.max(b_s, 1) * SCALE)
+        mask = _visible(rows, start + n, T_K, offset, back, row_docs, K_DOCS, CAUSAL, WINDOW, DOCS)
+        b_s = tl.where(mask, b_s, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
     b_pivot = b_new
     if MASK:
         b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)  # rows that have seen nothing yet
-    b_p = tl.exp2(b_s * SCALE - b_pivot[:, None])
+    b_p = tl.exp2(b_s * scale - b_pivot[:, None])
     b_decay = tl.exp2(b_max - b_pivot)
     b_sum = b_sum * b_decay + tl.sum(b_p, 1)
     b_v = _tile_load(V + tl.cast(start, tl.int64) * stride_vt, n, T_K - start, stride_vt, D, BLOCK_D, MASK)
@@ -257,78 +285,92 @@ def _fwd_step(b_acc, b_sum, b_max, b_q, K, V, start, rows, row_docs, K_DOCS, T_K
     return b_acc, b_sum, b_new
 
 
-@triton.jit(do_not_specialize=["T_Q", "T_K", "offset"])
-def _attention_fwd_kernel(Q, K, V, OUT, LSE, Q_DOCS, K_DOCS, K_LO, K_HI, T_Q, T_K, offset,
+@triton.jit(do_not_specialize=["T_Q", "T_K", "offset", "back", "distance", "S", "sink_offset", "sink_distance", "cap"])
+def _attention_fwd_kernel(Q, K, V, Q_SINK, K_SINK, V_SINK, SLOPES, OUT, LSE, Q_DOCS, K_DOCS, K_LO, K_HI,
+                          T_Q, T_K, offset, back, distance, S, sink_offset, sink_distance, cap,
                           stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-                          H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
-                          SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-                          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    blocks = tl.cdiv(T_Q, BLOCK_M)
-    m_block = blocks - 1 - tl.program_id(0) % blocks  # the last blocks see the most keys: they go first
-    head = tl.program_id(0) // blocks
-    b = (head // H).to(tl.int64)
-    h = (head % H).to(tl.int64)
-    m0 = m_block * BLOCK_M
+                          H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+                          SINKS: tl.constexpr, ALIBI: tl.constexpr, DOCS: tl.constexpr, SCALE: tl.constexpr,
+                          PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                          BLOCK_D: tl.constexpr):
+    b, h, block, m0 = _query_block(T_Q, H, BLOCK_M)
     m = tl.arange(0, BLOCK_M)
     rows = m0 + m
     Q += b * stride_qb + h * stride_qh + m0.to(tl.int64) * stride_qt
     K += b * stride_kb + h // GROUP * stride_kh
     V += b * stride_vb + h // GROUP * stride_vh
+    contiguous = (b * T_Q + m0) * H * D + h * D  # where this block lies in OUT and Q_SINK
     row_docs = rows
     if DOCS:
         row_docs = tl.load(Q_DOCS + b * T_Q + rows, rows < T_Q, 0)
         K_DOCS += b * T_K
-    b_q = _tile_load(Q, m, T_Q - m0, stride_qt, D, BLOCK_D, True)
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(SLOPES + h) * LOG2E
     b_acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     b_sum = tl.zeros((BLOCK_M,), ACC)
     b_max = tl.full((BLOCK_M,), float("-inf"), ACC)
-    lo, mid, hi = _key_range(K_LO, K_HI, b * blocks + m_block, m0, T_Q, T_K, offset, CAUSAL, DOCS, BLOCK_M, BLOCK_N)
-    if not DOCS:
-        for start in range(lo, mid, BLOCK_N):
+    if SINKS:
+        BLOCK_S: tl.constexpr = 16
+        stride_s: tl.constexpr = H // GROUP * D
+        b_q = _tile_load(Q_SINK + contiguous, m, T_Q - m0, H * D, D, BLOCK_D, True)
+        at = b * S * stride_s + h // GROUP * D
+        b_pos = tl.minimum(rows + sink_distance, cap)
+        for start in range(0, tl.minimum(S, tl.minimum(T_Q, m0 + BLOCK_M) + sink_offset), BLOCK_S):
             b_acc, b_sum, b_max = _fwd_step(
-                b_acc, b_sum, b_max, b_q, K, V, start, rows, row_docs, K_DOCS, T_K, offset, stride_kt, stride_vt,
-                False, CAUSAL, DOCS, SCALE, PRECISION, D, BLOCK_D, BLOCK_N)
-    for start in range(mid, hi, BLOCK_N):
+                b_acc, b_sum, b_max, b_q, K_SINK + at, V_SINK + at, start, rows, rows, K_DOCS, S, sink_offset, 0, b_pos, slope,
+                stride_s, stride_s, True, True, False, False, ALIBI, SCALE, PRECISION, D, BLOCK_D, BLOCK_S)
+    b_q = _tile_load(Q, m, T_Q - m0, stride_qt, D, BLOCK_D, True)
+    b_pos = rows + distance
+    lo, inner, mid, hi = _key_range(K_LO, K_HI, block, m0, T_Q, T_K, offset, back, CAUSAL, WINDOW, DOCS, BLOCK_M, BLOCK_N)
+    if not DOCS:
+        for start in range(inner, mid, BLOCK_N):
+            b_acc, b_sum, b_max = _fwd_step(
+                b_acc, b_sum, b_max, b_q, K, V, start, rows, row_docs, K_DOCS, T_K, offset, back, b_pos, slope,
+                stride_kt, stride_vt, False, CAUSAL, WINDOW, DOCS, ALIBI, SCALE, PRECISION, D, BLOCK_D, BLOCK_N)
+    for i in range(mid - (inner - lo), hi, BLOCK_N):  # [lo, inner) and [mid, hi) in one loop: registers
+        start = i
+        if WINDOW:
+            start = tl.where(i < mid, i - mid + inner, i)
         b_acc, b_sum, b_max = _fwd_step(
-            b_acc, b_sum, b_max, b_q, K, V, start, rows, row_docs, K_DOCS, T_K, offset, stride_kt, stride_vt,
-            True, CAUSAL, DOCS, SCALE, PRECISION, D, BLOCK_D, BLOCK_N)
+            b_acc, b_sum, b_max, b_q, K, V, start, rows, row_docs, K_DOCS, T_K, offset, back, b_pos, slope,
+            stride_kt, stride_vt, True, CAUSAL, WINDOW, DOCS, ALIBI, SCALE, PRECISION, D, BLOCK_D, BLOCK_N)
     empty = b_sum == 0.0
     b_sum = tl.where(empty, 1.0, b_sum)
     b_lse = tl.where(empty, float("-inf"), b_max + tl.log2(b_sum))
-    OUT += (b * T_Q + m0) * H * D + h * D
-    _tile_store(OUT, b_acc / b_sum[:, None], m, T_Q - m0, H * D, D, BLOCK_D)
+    _tile_store(OUT + contiguous, b_acc / b_sum[:, None], m, T_Q - m0, H * D, D, BLOCK_D)
     tl.store(LSE + (b * H + h) * T_Q + rows, b_lse, rows < T_Q)
 
 
 @triton.jit
-def _dq_step(b_dq, b_q, b_dout, b_lse, b_delta, K, V, start, rows, row_docs, K_DOCS, T_K, offset, stride_kt, stride_vt,
-             MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
-             D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
+def _dq_step(b_dq, b_q, b_dout, b_lse, b_delta, K, V, start, rows, row_docs, K_DOCS, T_K, offset, back, b_pos, slope,
+             stride_kt, stride_vt, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCS: tl.constexpr,
+             ALIBI: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+             BLOCK_N: tl.constexpr):
     n = tl.arange(0, BLOCK_N)
     b_k = _tile_load(K + tl.cast(start, tl.int64) * stride_kt, n, T_K - start, stride_kt, D, BLOCK_D, MASK)
     b_v = _tile_load(V + tl.cast(start, tl.int64) * stride_vt, n, T_K - start, stride_vt, D, BLOCK_D, MASK)
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-    b_p = tl.exp2(b_s * SCALE - b_lse[:, None])
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * SCALE
+    if ALIBI:
+        b_s -= slope * ((b_pos - start).to(b_s.dtype)[:, None] - n.to(b_s.dtype)[None, :])
+    b_p = tl.exp2(b_s - b_lse[:, None])
     if MASK:
-        b_p = tl.where(_visible(rows, start + n, T_K, offset, row_docs, K_DOCS, CAUSAL, DOCS), b_p, 0.0)
+        b_p = tl.where(_visible(rows, start + n, T_K, offset, back, row_docs, K_DOCS, CAUSAL, WINDOW, DOCS), b_p, 0.0)
     b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
     b_ds = b_p * (b_dp - b_delta[:, None])
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION, out_dtype=b_dq.dtype)
 
 
-@triton.jit(do_not_specialize=["T_Q", "T_K", "offset"])
-def _attention_dq_kernel(Q, K, V, OUT, DOUT, LSE, DLSE, DQ, DELTA, Q_DOCS, K_DOCS, K_LO, K_HI, T_Q, T_K, offset,
+@triton.jit(do_not_specialize=["T_Q", "T_K", "offset", "back", "distance", "cap"])
+def _attention_dq_kernel(Q, K, V, SLOPES, OUT, DOUT, LSE, DLSE, DQ, DELTA, Q_DOCS, K_DOCS, K_LO, K_HI,
+                         T_Q, T_K, offset, back, distance, cap,
                          stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
                          stride_ob, stride_ot, stride_oh,
-                         H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
-                         HAS_DLSE: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    blocks = tl.cdiv(T_Q, BLOCK_M)
-    m_block = blocks - 1 - tl.program_id(0) % blocks
-    head = tl.program_id(0) // blocks
-    b = (head // H).to(tl.int64)
-    h = (head % H).to(tl.int64)
-    m0 = m_block * BLOCK_M
+                         H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+                         ALIBI: tl.constexpr, DOCS: tl.constexpr, HAS_DLSE: tl.constexpr, SCALE: tl.constexpr,
+                         PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                         BLOCK_D: tl.constexpr):
+    b, h, block, m0 = _query_block(T_Q, H, BLOCK_M)
     m = tl.arange(0, BLOCK_M)
     rows = m0 + m
     Q += b * stride_qb + h * stride_qh + m0.to(tl.int64) * stride_qt
@@ -340,6 +382,9 @@ def _attention_dq_kernel(Q, K, V, OUT, DOUT, LSE, DLSE, DQ, DELTA, Q_DOCS, K_DOC
     if DOCS:
         row_docs = tl.load(Q_DOCS + b * T_Q + rows, rows < T_Q, 0)
         K_DOCS += b * T_K
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(SLOPES + h) * LOG2E
     at_row = (b * H + h) * T_Q + rows
     b_q = _tile_load(Q, m, T_Q - m0, stride_qt, D, BLOCK_D, True)
     b_dout = _tile_load(DOUT, m, T_Q - m0, stride_ot, D, BLOCK_D, True)
@@ -352,21 +397,28 @@ def _attention_dq_kernel(Q, K, V, OUT, DOUT, LSE, DLSE, DQ, DELTA, Q_DOCS, K_DOC
     b_dout = b_dout.to(b_q.dtype)  # OUT and its gradient may be float32 partials
     b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse)
     b_dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
-    lo, mid, hi = _key_range(K_LO, K_HI, b * blocks + m_block, m0, T_Q, T_K, offset, CAUSAL, DOCS, BLOCK_M, BLOCK_N)
+    b_pos = tl.minimum(rows + distance, cap)
+    lo, inner, mid, hi = _key_range(K_LO, K_HI, block, m0, T_Q, T_K, offset, back, CAUSAL, WINDOW, DOCS, BLOCK_M, BLOCK_N)
     if not DOCS:
-        for start in range(lo, mid, BLOCK_N):
-            b_dq = _dq_step(b_dq, b_q, b_dout, b_lse, b_delta, K, V, start, rows, row_docs, K_DOCS, T_K, offset,
-                            stride_kt, stride_vt, False, CAUSAL, DOCS, SCALE, PRECISION, D, BLOCK_D, BLOCK_N)
-    for start in range(mid, hi, BLOCK_N):
-        b_dq = _dq_step(b_dq, b_q, b_dout, b_lse, b_delta, K, V, start, rows, row_docs, K_DOCS, T_K, offset,
-                        stride_kt, stride_vt, True, CAUSAL, DOCS, SCALE, PRECISION, D, BLOCK_D, BLOCK_N)
+        for start in range(inner, mid, BLOCK_N):
+            b_dq = _dq_step(
+                b_dq, b_q, b_dout, b_lse, b_delta, K, V, start, rows, row_docs, K_DOCS, T_K, offset, back, b_pos, slope,
+                stride_kt, stride_vt, False, CAUSAL, WINDOW, DOCS, ALIBI, SCALE, PRECISION, D, BLOCK_D, BLOCK_N)
+    for i in range(mid - (inner - lo), hi, BLOCK_N):
+        start = i
+        if WINDOW:
+            start = tl.where(i < mid, i - mid + inner, i)
+        b_dq = _dq_step(
+            b_dq, b_q, b_dout, b_lse, b_delta, K, V, start, rows, row_docs, K_DOCS, T_K, offset, back, b_pos, slope,
+            stride_kt, stride_vt, True, CAUSAL, WINDOW, DOCS, ALIBI, SCALE, PRECISION, D, BLOCK_D, BLOCK_N)
     _tile_store(DQ + contiguous, b_dq * (SCALE * LN2), m, T_Q - m0, H * D, D, BLOCK_D)
 
 
 @triton.jit
-def _dkdv_step(b_dk, b_dv, b_k, b_v, Q, DOUT, LSE, DELTA, start, keys, key_docs, Q_DOCS, T_Q, T_K, offset,
-               stride_qt, stride_ot, MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr, SCALE: tl.constexpr,
-               PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
+def _dkdv_step(b_dk, b_dv, b_k, b_v, Q, DOUT, LSE, DELTA, start, keys, key_docs, Q_DOCS, T_Q, T_K, offset, back,
+               distance, cap, SLOPES, stride_qt, stride_ot, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+               DOCS: tl.constexpr, ALIBI: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
+               BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
     """Rows [start, start + BLOCK_M), transposed throughout: keys down, queries across."""
     m = tl.arange(0, BLOCK_M)
     rows = start + m
@@ -377,12 +429,17 @@ def _dkdv_step(b_dk, b_dv, b_k, b_v, Q, DOUT, LSE, DELTA, start, keys, key_docs,
     else:
         b_lse = tl.load(LSE + rows)
         b_delta = tl.load(DELTA + rows)
-    b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-    b_p = tl.exp2(b_s * SCALE - b_lse[None, :])
+    b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * SCALE
+    if ALIBI:
+        b_pos = tl.minimum(rows + distance, cap) - start
+        b_s -= tl.load(SLOPES) * LOG2E * (b_pos.to(b_s.dtype)[None, :] - (keys - start).to(b_s.dtype)[:, None])
+    b_p = tl.exp2(b_s - b_lse[None, :])
     if MASK:
         mask = (rows < T_Q)[None, :] & (keys < T_K)[:, None]
         if CAUSAL:
             mask = mask & (keys[:, None] <= rows[None, :] + offset)
+        if WINDOW:
+            mask = mask & (keys[:, None] > rows[None, :] + back)
         if DOCS:
             mask = mask & (key_docs[:, None] == tl.load(Q_DOCS + rows, rows < T_Q, 0)[None, :])
         b_p = tl.where(mask, b_p, 0.0)
@@ -395,11 +452,13 @@ def _dkdv_step(b_dk, b_dv, b_k, b_v, Q, DOUT, LSE, DELTA, start, keys, key_docs,
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["T_Q", "T_K", "offset"])
-def _attention_dkdv_kernel(Q, K, V, DOUT, LSE, DELTA, DK, DV, Q_DOCS, K_DOCS, Q_LO, Q_HI, T_Q, T_K, offset,
+@triton.jit(do_not_specialize=["T_Q", "T_K", "offset", "back", "distance", "cap", "batch", "split_rows"])
+def _attention_dkdv_kernel(Q, K, V, SLOPES, DOUT, LSE, DELTA, DK, DV, Q_DOCS, K_DOCS, Q_LO, Q_HI,
+                           T_Q, T_K, offset, back, distance, cap, batch, split_rows,
                            stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-                           stride_ob, stride_ot, stride_oh,
-                           H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
+                           stride_ob, stride_ot, stride_oh, stride_db,
+                           H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
+                           WINDOW: tl.constexpr, ALIBI: tl.constexpr, DOCS: tl.constexpr, SPLIT: tl.constexpr,
                            SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
                            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     blocks = tl.cdiv(T_K, BLOCK_N)
@@ -411,49 +470,64 @@ def _attention_dkdv_kernel(Q, K, V, DOUT, LSE, DELTA, DK, DV, Q_DOCS, K_DOCS, Q_
     n0 = n_block * BLOCK_N
     n = tl.arange(0, BLOCK_N)
     keys = n0 + n
+    at = b * stride_db + n0.to(tl.int64) * G * D + g * D
+    row0 = 0
+    T_END = T_Q
+    if SPLIT:  # rows [row0, T_END) alone; DK and DV hold a partial sum of every split
+        row0 = (b // batch * split_rows).to(tl.int32)
+        T_END = tl.minimum(T_Q, row0 + split_rows)
+        b = b % batch
     K += b * stride_kb + g * stride_kh + n0.to(tl.int64) * stride_kt
     V += b * stride_vb + g * stride_vh + n0.to(tl.int64) * stride_vt
     b_k = _tile_load(K, n, T_K - n0, stride_kt, D, BLOCK_D, True)
     b_v = _tile_load(V, n, T_K - n0, stride_vt, D, BLOCK_D, True)
-    lo = 0
-    mid = 0
-    full = T_Q // BLOCK_M * BLOCK_M
-    if CAUSAL:  # rows [lo, mid) see some of these keys, rows from mid on see all
-        lo = tl.minimum(T_Q, tl.maximum(0, n0 - offset)) // BLOCK_M * BLOCK_M
-        mid = tl.cdiv(tl.minimum(T_Q, tl.maximum(0, n0 + BLOCK_N - 1 - offset)), BLOCK_M) * BLOCK_M
+    # rows [lo, mid) see some of these keys, [mid, full) all of them, [full, end) some: the window's edge, or T_END's block
+    lo = row0
+    mid = row0
+    full = T_END // BLOCK_M * BLOCK_M
+    end = T_END
+    if CAUSAL:
+        lo = tl.minimum(T_END, tl.maximum(row0, n0 - offset)) // BLOCK_M * BLOCK_M
+        mid = tl.cdiv(tl.minimum(T_END, tl.maximum(row0, n0 + BLOCK_N - 1 - offset)), BLOCK_M) * BLOCK_M
+    if WINDOW:
+        end = tl.minimum(T_END, tl.maximum(lo, n0 + BLOCK_N - 1 - back))
+        full = tl.minimum(T_END, tl.maximum(lo, n0 - back)) // BLOCK_M * BLOCK_M
+        mid = tl.minimum(mid, tl.cdiv(end, BLOCK_M) * BLOCK_M)
     key_docs = keys
     if DOCS:
         key_docs = tl.load(K_DOCS + b * T_K + keys, keys < T_K, 0)
         Q_DOCS += b * T_Q
         lo = tl.maximum(lo, tl.load(Q_LO + b * blocks + n_block) * BLOCK_M)
-        mid = tl.maximum(lo, tl.load(Q_HI + b * blocks + n_block) * BLOCK_M)
+        mid = tl.maximum(lo, tl.minimum(tl.load(Q_HI + b * blocks + n_block), tl.cdiv(end, BLOCK_M)) * BLOCK_M)
     masked = (mid - lo) // BLOCK_M
     if not DOCS:
-        if full < T_Q and full >= mid:
-            masked += 1  # the last block, cut short by T_Q
+        full = tl.maximum(full, mid)
+        masked += tl.cdiv(tl.maximum(0, end - full), BLOCK_M)
     Q += b * stride_qb + g * GROUP * stride_qh  # the first query head of this kv head
     DOUT += b * stride_ob + g * GROUP * stride_oh
     LSE += (b * H + g * GROUP) * T_Q
     DELTA += (b * H + g * GROUP) * T_Q
+    if ALIBI:
+        SLOPES += g * GROUP
     b_dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     b_dv = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     for i in range(0, GROUP * masked):  # the query heads in one loop, which keeps more in registers than two
         h = tl.cast(i // masked, tl.int64)
         start = lo + i % masked * BLOCK_M
-        start = tl.where(start < mid, start, full)
+        start = tl.where(start < mid, start, full + start - mid)
         b_dk, b_dv = _dkdv_step(
             b_dk, b_dv, b_k, b_v, Q + h * stride_qh, DOUT + h * stride_oh, LSE + h * T_Q, DELTA + h * T_Q, start, keys,
-            key_docs, Q_DOCS, T_Q, T_K, offset, stride_qt, stride_ot, True, CAUSAL, DOCS, SCALE, PRECISION, D, BLOCK_D,
-            BLOCK_M)
+            key_docs, Q_DOCS, T_Q, T_K, offset, back, distance, cap, SLOPES + h if ALIBI else SLOPES, stride_qt, stride_ot,
+            True, CAUSAL, WINDOW, DOCS, ALIBI, SCALE, PRECISION, D, BLOCK_D, BLOCK_M)
     if not DOCS:
-        whole = tl.maximum(0, full - mid) // BLOCK_M
+        whole = (full - mid) // BLOCK_M
         for i in range(0, GROUP * whole):
             h = tl.cast(i // whole, tl.int64)
             b_dk, b_dv = _dkdv_step(
                 b_dk, b_dv, b_k, b_v, Q + h * stride_qh, DOUT + h * stride_oh, LSE + h * T_Q, DELTA + h * T_Q,
-                mid + i % whole * BLOCK_M, keys, key_docs, Q_DOCS, T_Q, T_K, offset, stride_qt, stride_ot, False, CAUSAL, DOCS,
-                SCALE, PRECISION, D, BLOCK_D, BLOCK_M)
-    at = (b * T_K + n0) * G * D + g * D
+                mid + i % whole * BLOCK_M, keys, key_docs, Q_DOCS, T_Q, T_K, offset, back, distance, cap,
+                SLOPES + h if ALIBI else SLOPES, stride_qt, stride_ot, False, CAUSAL, WINDOW, DOCS, ALIBI, SCALE, PRECISION,
+                D, BLOCK_D, BLOCK_M)
     _tile_store(DK + at, b_dk * (SCALE * LN2), n, T_K - n0, G * D, D, BLOCK_D)
     _tile_store(DV + at, b_dv, n, T_K - n0, G * D, D, BLOCK_D)
 
@@ -488,6 +562,7 @@ for _arch in (80, 89, 90, 100):  # float32 products without TF32 are scalar arit
     TILES[_arch, 4, 64] = dict(fwd=(32, 32, 8, 2), dq=(32, 32, 8, 2), dkdv=(32, 32, 8, 2))
     TILES[_arch, 4, 128] = dict(fwd=(16, 16, 4, 2), dq=(32, 16, 8, 2), dkdv=(16, 32, 8, 2))
     TILES[_arch, 4, 256] = dict(fwd=(16, 16, 4, 1), dq=(16, 16, 8, 2), dkdv=(16, 16, 8, 1))
+SPLIT_BLOCKS = 16  # blocks of rows whose sum over the sinks' gradients one program makes
 
 
 def _tiles(q):
@@ -533,64 +608,96 @@ def _implementation(triton_kernel, reference):
     return lambda *args: (triton_kernel if args[-1] else reference)(*args[:-1])
 
 
-def _shared_arguments(q, k, scale, causal, q_docs):
-    acc = torch.promote_types(q.dtype, torch.float32)
-    H = q.shape[2]
-    return acc, dict(H=H, GROUP=H // k.shape[2], D=q.shape[3], CAUSAL=causal, DOCS=q_docs is not None,
-                     SCALE=scale * LOG2E.value, PRECISION=dot_precision(q.dtype), ACC=getattr(tl, str(acc)[6:]))
+def _shared_arguments(part, slopes, scale):
+    """(positions, constants) that the three kernels take for one _Part."""
+    q, k = part.q, part.k
+    acc, H = torch.promote_types(q.dtype, torch.float32), q.shape[2]
+    positions = q.shape[1], k.shape[1], part.offset, part.back or 0, part.distance
+    return positions, dict(H=H, GROUP=H // k.shape[2], D=q.shape[3], CAUSAL=part.causal, WINDOW=part.back is not None,
+                           ALIBI=slopes is not None, DOCS=part.k_docs is not None, SCALE=scale * LOG2E.value,
+                           PRECISION=dot_precision(q.dtype), ACC=getattr(tl, str(acc)[6:]))
 
 
 def _attention_fwd(q, k, v, q_sink, k_sink, v_sink, alibi_slopes, q_docs, k_docs, scale, causal, window, q_start, k_start,
                    out_dtype):
     """-> out, and log2 of the softmax denominator (B, H, Tq)."""
-    if window is not None or q_sink is not None or alibi_slopes is not None:
-        raise NotImplementedError("attention: window, sinks and ALiBi do not have Triton kernels yet")
-    offset = q_start - k_start
-    q, k, v = _strided(q), _strided(k), _strided(v)
-    (B, Tq, H, D), Tk = q.shape, k.shape[1]
-    acc, constants = _shared_arguments(q, k, scale, causal, q_docs)
+    main, *sinks = _parts(q, k, v, q_sink, k_sink, v_sink, k_docs, causal, window, q_start, k_start)
+    B, Tq, H, D = q.shape
     out = torch.empty(B, Tq, H, D, dtype=out_dtype, device=q.device)
-    lse = torch.empty(B, H, Tq, dtype=acc, device=q.device)
-    if not B or not Tq or not Tk:
+    lse = torch.empty(B, H, Tq, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    if not B or not Tq or not main.k.shape[1] + sum(part.k.shape[1] for part in sinks):
         return out.zero_(), lse.fill_(-torch.inf)
+    positions, constants = _shared_arguments(main, alibi_slopes, scale)
     tiles, block_d = _tiles(q)
     options = _launch_options(tiles["fwd"], block_d)
-    k_lo = k_hi = None
-    if q_docs is not None:
+    q, k, v = (_strided(x) for x in main[:3])
+    k_docs = k_lo = k_hi = None
+    if main.k_docs is not None:
+        k_docs = main.k_docs.contiguous()
         k_lo, k_hi = _doc_ranges(q_docs, k_docs, options["BLOCK_M"], options["BLOCK_N"])
+    sink_arguments = 3 * (None,), 4 * (0,)
+    if sinks:
+        part = sinks[0]
+        sink_arguments = [x.contiguous() for x in part[:3]], (part.k.shape[1], part.offset, part.distance, part.cap)
     _attention_fwd_kernel[(triton.cdiv(Tq, options["BLOCK_M"]) * B * H,)](
-        q, k, v, out, lse, q_docs, k_docs, k_lo, k_hi, Tq, Tk, max(-Tq, min(Tk, offset)),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, **options)
+        q, k, v, *sink_arguments[0], alibi_slopes, out, lse, q_docs, k_docs, k_lo, k_hi, *positions, *sink_arguments[1],
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], SINKS=bool(sinks), **constants, **options)
     return out, lse
+
+
+def _part_bwd(part, is_sinks, dout, dlse, out, lse, delta, dk, dv, alibi_slopes, q_docs, scale):
+    """-> dq; dk and dv of the keys, or of the sinks, are written. delta is scratch."""
+    q, k, v = (_strided(x) for x in part[:3])
+    (B, Tq, H, D), (_, Tk, G, _) = q.shape, k.shape
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    positions, constants = _shared_arguments(part, alibi_slopes, scale)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
+    tiles, block_d = _tiles(q)
+    few = dict(BLOCK_N=16) if is_sinks else {}
+    options = _launch_options(tiles["dq"], block_d) | few
+    k_docs, lo, hi = part.k_docs, None, None
+    if k_docs is not None:
+        k_docs = k_docs.contiguous()
+        lo, hi = _doc_ranges(q_docs, k_docs, options["BLOCK_M"], options["BLOCK_N"])
+    _attention_dq_kernel[(triton.cdiv(Tq, options["BLOCK_M"]) * B * H,)](
+        q, k, v, alibi_slopes, out, dout, lse, dlse, dq, delta, q_docs, k_docs, lo, hi, *positions, part.cap, *strides,
+        HAS_DLSE=dlse is not None, **constants, **options)
+    if not Tk:
+        return dq
+    options = _launch_options(tiles["dkdv"], block_d) | few
+    if k_docs is not None:
+        lo, hi = _doc_ranges(k_docs, q_docs, options["BLOCK_N"], options["BLOCK_M"])
+    split_rows = SPLIT_BLOCKS * options["BLOCK_M"]
+    splits, sums = 1, [dk, dv]
+    if is_sinks:  # few keys, seen by all rows: several programs share the rows
+        splits = triton.cdiv(Tq, split_rows)
+        sums = [torch.empty(splits, *k.shape, dtype=lse.dtype, device=q.device) for _ in range(2)]
+    _attention_dkdv_kernel[(triton.cdiv(Tk, options["BLOCK_N"]) * splits * B * G,)](
+        q, k, v, alibi_slopes, dout, lse, delta, *sums, q_docs, k_docs, lo, hi, *positions, part.cap, B, split_rows, *strides,
+        sums[0].stride(-4), SPLIT=is_sinks, **constants, **options)
+    if is_sinks:
+        for x, partial in zip((dk, dv), sums):
+            x.copy_(partial.sum(0))
+    return dq
 
 
 def _attention_bwd(dout, dlse, q, k, v, q_sink, k_sink, v_sink, out, lse, alibi_slopes, q_docs, k_docs, scale, causal,
                    window, q_start, k_start):
-    offset = q_start - k_start
-    q, k, v, dout = _strided(q), _strided(k), _strided(v), _strided(dout)
-    dlse = None if dlse is None else dlse.contiguous()
-    (B, Tq, H, D), (_, Tk, G, _) = q.shape, k.shape
-    acc, constants = _shared_arguments(q, k, scale, causal, q_docs)
-    dq, delta = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty_like(lse)
-    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    if not B or not Tq or not Tk:
-        return [dq.zero_(), dk.zero_(), dv.zero_()]
-    tiles, block_d = _tiles(q)
-    offset = max(-Tq, min(Tk, offset))
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
-    options = _launch_options(tiles["dq"], block_d)
-    lo = hi = None
-    if q_docs is not None:
-        lo, hi = _doc_ranges(q_docs, k_docs, options["BLOCK_M"], options["BLOCK_N"])
-    _attention_dq_kernel[(triton.cdiv(Tq, options["BLOCK_M"]) * B * H,)](
-        q, k, v, out, dout, lse, dlse, dq, delta, q_docs, k_docs, lo, hi, Tq, Tk, offset, *strides,
-        HAS_DLSE=dlse is not None, **constants, **options)
-    options = _launch_options(tiles["dkdv"], block_d)
-    if q_docs is not None:
-        lo, hi = _doc_ranges(k_docs, q_docs, options["BLOCK_N"], options["BLOCK_M"])
-    _attention_dkdv_kernel[(triton.cdiv(Tk, options["BLOCK_N"]) * B * G,)](
-        q, k, v, dout, lse, delta, dk, dv, q_docs, k_docs, lo, hi, Tq, Tk, offset, *strides, **constants, **options)
-    return [dq, dk, dv]
+    """-> [dq, dk, dv], and with sinks [..., dq_sink, dk_sink, dv_sink]."""
+    parts = _parts(q, k, v, q_sink, k_sink, v_sink, k_docs, causal, window, q_start, k_start)
+    dout, dlse = _strided(dout), None if dlse is None else dlse.contiguous()
+    delta, grads = torch.empty_like(lse), []
+    for i, (part, k) in enumerate(zip(parts, (k, k_sink))):
+        dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+        if not q.numel() or not sum(part.k.shape[1] for part in parts):
+            grads += [torch.zeros_like(part.q), dk.zero_(), dv.zero_()]
+            continue
+        left_out = k.shape[1] - part.k.shape[1]
+        dk[:, :left_out], dv[:, :left_out] = 0, 0
+        dq = _part_bwd(part, i == 1, dout, dlse, out, lse, delta, dk[:, left_out:], dv[:, left_out:], alibi_slopes, q_docs,
+                       scale)
+        grads += [dq, dk, dv]
+    return grads
 
 
 # ----------------------------------------------------------------------------------------------------------------------
