@@ -16,7 +16,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import attention, linear_cross_entropy, rms_norm, rope, rope_frequencies, rope_turns, swiglu
+from kernels import (apply_sink_logit, attention, decode_attention, linear_cross_entropy, rms_norm, rope, rope_frequencies,
+                     rope_turns, swiglu)
+from kernels.backend import use_triton
 
 
 @dataclass
@@ -29,22 +31,33 @@ class GPTConfig:
     n_inner: int | None = None       # width of the MLP; default 4 n_embd, or 8/3 n_embd in multiples of 64 for swiglu
     vocab_size: int = 50304          # GPT-2's 50257 rounded up to a multiple of 64
     block_size: int = 1024           # tokens per training sequence; nothing is tabulated to it
-    attention: str = "full"
-    position: str = "rope"           # rope | none
+    attention: str = "full"          # full | window, or a pattern cycled over the layers: "window,window,window,full"
+    window: int = 1020               # keys that a window layer's query sees, its own included
+    sinks: int = 4                   # the first tokens, which window layers see always (StreamingLLM); 0: none
+    sink_logit: bool = False         # a learned logit per head in the softmax's denominator
+    sink_tokens: int = 0             # learned vectors in front of every sequence: sinks by construction
+    position: str = "rope"           # rope | alibi | none
     rope_base: float = 10000.0
     rope_fraction: float = 1.0       # of the head dim that is rotated
+    rope_scaling: dict | None = None # Hugging Face's, for example {"rope_type": "yarn", "factor": 4, ...}
+    alibi_scale: float = 1.0         # factor on ALiBi's slopes
     norm: str = "rmsnorm"            # rmsnorm | layernorm
     norm_eps: float = 1e-5
     mlp: str = "swiglu"              # swiglu | gelu
-    bias: bool = False               # in the linear layers, and in layernorm
+    bias: bool = False               # in the linear layers, and in layernorm; the next three default to it
+    qkv_bias: bool | None = None
+    wo_bias: bool | None = None
+    norm_bias: bool | None = None
     parallel_residual: bool = False  # x + attn(norm(x)) + mlp(norm(x)), each with its own norm
+    shared_norm: bool = False        # parallel_residual with one norm for both
     tie_embeddings: bool = True      # the output layer is the token embedding
 
     def __post_init__(self):
         self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
-        for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size", "block_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name, least in dict(n_layer=1, n_head=1, n_kv_head=1, n_embd=1, vocab_size=1, block_size=1, window=1, sinks=0,
+                                sink_tokens=0).items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         if self.head_dim is None:
             if self.n_embd % self.n_head:
                 raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one, or set head_dim")
@@ -53,21 +66,63 @@ class GPTConfig:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         if not 1 <= self.head_dim <= 256:
             raise ValueError(f"head_dim is {self.head_dim}: the attention kernel takes 1 to 256")
-        for name, known in (("attention", ("full",)), ("position", ("rope", "none")), ("norm", ("rmsnorm", "layernorm")),
-                            ("mlp", ("swiglu", "gelu"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(known)}")
+        for name, known in (("attention", ("full", "window")), ("position", ("rope", "alibi", "none")),
+                            ("norm", ("rmsnorm", "layernorm")), ("mlp", ("swiglu", "gelu"))):
+            for value in getattr(self, name).split(",") if name == "attention" else [getattr(self, name)]:
+                if value not in known:
+                    pattern = " or a comma-separated pattern of them" if name == "attention" else ""
+                    raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(known)}{pattern}")
+        if "window" in self.attention and self.sinks and self.sinks + self.window > self.block_size:
+            raise ValueError(f"sinks {self.sinks} + window {self.window} is more than block_size {self.block_size}: no such "
+                             f"distance to a sink was ever trained; set window to {max(1, self.block_size - self.sinks)}")
+        if self.sinks < self.sink_tokens and "window" in self.attention:
+            raise ValueError(f"sinks is {self.sinks}, sink_tokens {self.sink_tokens}: window layers would drop the learned "
+                             f"ones; set sinks to {self.sink_tokens} or more")
+        if self.rope_scaling is not None and self.position != "rope":
+            raise ValueError(f"rope_scaling {self.rope_scaling} needs position 'rope', it is {self.position!r}")
+        if self.alibi_scale != 1 and self.position != "alibi":
+            raise ValueError(f"alibi_scale {self.alibi_scale} needs position 'alibi', it is {self.position!r}")
+        if self.shared_norm and not self.parallel_residual:
+            raise ValueError("shared_norm is True, parallel_residual False: one norm serves two branches side by side only")
         if self.position == "rope" and (not 0 < self.rope_fraction <= 1 or self.rotary_dim < 2 or self.rotary_dim % 2):
             raise ValueError(f"rope_fraction {self.rope_fraction} of head_dim {self.head_dim} rotates {self.rotary_dim} dims: "
                              "it must be an even number from 2 to head_dim")
         if self.n_inner is not None and self.n_inner < 1:
             raise ValueError(f"n_inner is {self.n_inner}: it must be at least 1")
+        if self.position == "rope":
+            self.frequencies()
+        for name in ("qkv_bias", "wo_bias", "norm_bias"):
+            setattr(self, name, self.bias if getattr(self, name) is None else getattr(self, name))
         if self.n_inner is None:
             self.n_inner = 4 * self.n_embd if self.mlp == "gelu" else -(-8 * self.n_embd // (3 * 64)) * 64
 
     @property
     def rotary_dim(self) -> int:
         return int(self.head_dim * self.rope_fraction)
+
+    @property
+    def layer_kinds(self) -> list[str]:
+        """The attention of each layer: the pattern, cycled."""
+        pattern = self.attention.split(",")
+        return [pattern[i % len(pattern)] for i in range(self.n_layer)]
+
+    def frequencies(self):
+        """rope_frequencies of this model. ValueError for a rope_scaling that is wrong, or that depends on the length."""
+        kind = (self.rope_scaling or {}).get("rope_type", (self.rope_scaling or {}).get("type"))
+        if kind in ("dynamic", "longrope"):
+            raise ValueError(f"rope_scaling {kind!r} depends on the length of the text, which the model does not support: use "
+                             "linear, ntk, ntk_by_parts, yarn or llama3")
+        return rope_frequencies(self.rotary_dim, self.rope_base, self.rope_scaling)
+
+
+def alibi_slopes(n_head: int) -> torch.Tensor:
+    """
+    ALiBi's slope of each head, (n_head,) float32: 2^(-8 (h + 1) / n_head) for a power of two; else those of the power
+    of two below, then every other one of the power of two above. Press et al., arXiv 2108.12409.
+    """
+    p = 2 ** int(math.log2(n_head))
+    slopes = [2 ** (-8 * (h + 1) / p) for h in range(p)] + [2 ** (-4 * (h + 1) / p) for h in range(0, 2 * (n_head - p), 2)]
+    return torch.tensor(slopes, dtype=torch.float32)
 
 
 class Linear(nn.Linear):
@@ -83,7 +138,7 @@ class Norm(nn.Module):
         self.eps = config.norm_eps
         self.kind = config.norm
         self.weight = nn.Parameter(torch.ones(config.n_embd))
-        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.norm == "layernorm" and config.bias else None
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.norm == "layernorm" and config.norm_bias else None
 
     def forward(self, x):
         if self.kind == "rmsnorm":
@@ -94,94 +149,228 @@ class Norm(nn.Module):
 
 class KVCache:
     """
-    One layer's keys and values of every token so far, keys un-rotated, in buffers (B, capacity, G, D) that double when
-    full. What it keeps carries no gradient; the tokens of the current call do.
+    Full attention's cache: the keys and values of every token so far, in buffers (B, capacity, G, D) that double when
+    full. What a cache keeps carries no gradient. `rotated` says whether the keys are stored rotated by their position in
+    the text or un-rotated. decode_attention rotates as it loads, from un-rotated keys; the plain torch path would rotate
+    the whole cache for each token, so it stores them rotated: the same numbers.
     """
 
-    def __init__(self, batch_size, n_kv_head, head_dim, device, dtype):
-        self.k = torch.empty(batch_size, 0, n_kv_head, head_dim, device=device, dtype=dtype)
-        self.v = torch.empty_like(self.k)
+    layout, sinks = "full", 0
+
+    def __init__(self, batch_size, n_kv_head, head_dim, device, dtype, rotated):
+        self.rotated = rotated
+        self.k = torch.zeros(batch_size, 0, n_kv_head, head_dim, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
 
     @property
     def nbytes(self) -> int:
         return self.k.nbytes + self.v.nbytes
 
-    def append(self, k, v, start):
-        """k, v (B, T, G, D) of the tokens from position `start` -> those of all tokens up to them, (B, start + T, G, D)."""
+    def past(self, start):
+        """-> keys and values (B, n, G, D) of the tokens before position `start` that later ones can see, the first's position."""
+        return self.k[:, :start], self.v[:, :start], 0
+
+    def write(self, k, v, start):
+        """k, v (B, T, G, D) of the tokens from position `start` on."""
         end = start + k.shape[1]
         if end > self.k.shape[1]:
             self.k, self.v = (self._grown(x, start, max(64, 2 * start, end)) for x in (self.k, self.v))
-        self.k[:, start:end] = k.detach()
-        self.v[:, start:end] = v.detach()
-        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
-            return torch.cat([self.k[:, :start].to(k.dtype), k], 1), torch.cat([self.v[:, :start].to(v.dtype), v], 1)
-        return self.k[:, :end].to(k.dtype), self.v[:, :end].to(v.dtype)
+        self.k[:, start:end], self.v[:, start:end] = k.detach(), v.detach()
+
+    def write_one(self, k, v, slot):
+        """k, v (B, 1, G, D) of one token -> the keys and values that it sees, itself included."""
+        position = int(slot)
+        self.write(k, v, position)
+        return self.k[:, :position + 1].to(k.dtype), self.v[:, :position + 1].to(k.dtype)
+
+    def saved(self, position):
+        """What a file holds, (B, n, G, D) each, and the position of each of the n tokens in the text."""
+        return self.k[:, :position], self.v[:, :position], torch.arange(position)
 
     def _grown(self, x, used, capacity):
-        new = x.new_empty(x.shape[0], capacity, *x.shape[2:])
+        new = x.new_zeros(x.shape[0], capacity, *x.shape[2:])
         new[:, :used] = x[:, :used]
         return new
 
 
-class State:
+class WindowCache:
     """
-    All that generation carries from one call to the next: the number of tokens seen and each layer's cache. Feeding a
-    text in chunks of any size gives what one pass gives. `nbytes` is the memory it holds. With full attention it grows
-    with the text.
+    A window layer's cache: S sinks, then a ring of the last W tokens, in buffers (B, S + W, G, D) that never grow. Token
+    p is in slot p if p < S, else in slot S + (p - S) % W. `rotated`: see KVCache. The rotated form has S slots more, at
+    the end: copies of the sinks, turned to where the newest query must see them.
     """
 
-    def __init__(self, batch_size: int, layers: list[KVCache]):
+    def __init__(self, batch_size, n_kv_head, head_dim, device, dtype, rotated, sinks, window):
+        self.rotated, self.sinks, self.window, self.layout = rotated, sinks, window, f"window {window} + {sinks} sinks"
+        slots = sinks + window + (sinks if rotated else 0)
+        self.k = torch.zeros(batch_size, slots, n_kv_head, head_dim, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+    def past(self, start):
+        first = max(min(self.sinks, start), start - self.window + 1)
+        slots = self.sinks + (torch.arange(first, start, device=self.k.device) - self.sinks) % self.window
+        return self.k[:, slots], self.v[:, slots], first
+
+    def write(self, k, v, start):
+        S, W, end, k, v = self.sinks, self.window, start + k.shape[1], k.detach(), v.detach()
+        if start < S:
+            self.k[:, start:min(S, end)], self.v[:, start:min(S, end)] = k[:, :S - start], v[:, :S - start]
+        first = min(end, max(S, start, end - W))
+        slots = S + (torch.arange(first, end, device=k.device) - S) % W
+        self.k[:, slots], self.v[:, slots] = k[:, first - start:], v[:, first - start:]
+
+    def write_one(self, k, v, slot):
+        """slot (1,) int64, a tensor so that a CUDA graph can hold it -> the ring."""
+        self.k.index_copy_(1, slot, k.to(self.k.dtype))
+        self.v.index_copy_(1, slot, v.to(self.v.dtype))
+        return self.k.to(k.dtype), self.v.to(k.dtype)
+
+    def saved(self, position):
+        S, W = self.sinks, self.window
+        slots = torch.arange(S + W)
+        last = position - 1 - (position - 1 - slots) % W  # the last token at or before position - 1 in each ring slot
+        return self.k[:, :S + W], self.v[:, :S + W], torch.where(slots < S, slots, last.clamp(min=0))
+
+
+class State:
+    """
+    All that generation carries from one call to the next: `position`, the tokens seen (the model's own sink_tokens
+    included), and each layer's cache. Feeding a text in chunks of any size gives what one pass gives. `nbytes` is the
+    memory it holds: constant from the start if every layer is a window, growing with the text with full attention.
+    """
+
+    def __init__(self, batch_size: int, layers: list, turns):
         self.batch_size = batch_size
         self.position = 0
         self.layers = layers
+        self.turns = turns
+        device = layers[0].k.device
+        self.at = torch.zeros(1, dtype=torch.int64, device=device)    # the position of the token being decoded
+        self.slot = torch.zeros(1, dtype=torch.int64, device=device)  # its slot in the rings
 
     @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
 
-    def save(self, path: str):
-        """Writes the state to a safetensors file, which `load` reads."""
+    def save(self, path: str, extra: dict[str, torch.Tensor] | None = None):
+        """Writes the state, and the tensors of `extra` beside it, to a safetensors file, which `load` reads."""
         from safetensors.torch import save_file
-        tensors = {f"{i}.{name}": getattr(layer, name)[:, :self.position].contiguous()
-                   for i, layer in enumerate(self.layers) for name in ("k", "v")}
-        save_file({"position": torch.tensor(self.position), **tensors}, path)
-
-    def load(self, path: str):
-        """Fills a state from model.new_state with what `save` wrote. ValueError when it is of another model or batch size."""
-        from safetensors.torch import load_file
-        tensors = load_file(path)
-        have = {name: (x.shape[0], *x.shape[2:]) for name, x in tensors.items() if x.dim() == 4}
-        want = {f"{i}.{name}": (x.shape[0], *x.shape[2:]) for i, layer in enumerate(self.layers)
-                for name, x in (("k", layer.k), ("v", layer.v))}
-        if have != want:
-            raise ValueError(f"{path} is a state of {len(have) // 2} layers of (batch, heads, dim) {have.get('0.k')}, this "
-                             f"one has {len(want) // 2} of {want['0.k']}: load it with the model that it comes from")
+        tensors = {f"extra.{name}": x for name, x in (extra or {}).items()}
         for i, layer in enumerate(self.layers):
-            layer.append(tensors[f"{i}.k"].to(layer.k), tensors[f"{i}.v"].to(layer.v), 0)
-        self.position = int(tensors["position"])
+            k, v, _ = layer.saved(self.position)
+            tensors |= {f"{i}.k": k.contiguous(), f"{i}.v": v.contiguous()}
+        save_file(tensors, path, metadata={"position": str(self.position), "rotated": str(self.layers[0].rotated),
+                                           "layers": ", ".join(layer.layout for layer in self.layers)})
+
+    def load(self, path: str) -> dict[str, torch.Tensor]:
+        """Fills a new state with what `save` wrote -> `extra`. ValueError when it is of another model or batch size."""
+        from safetensors import SafetensorError, safe_open
+        try:
+            with safe_open(path, "pt") as file:
+                tensors, meta = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        except (SafetensorError, OSError) as e:
+            raise ValueError(f"{path} cannot be read as a saved state ({e})") from None
+        shape, layers = (self.batch_size, *self.layers[0].k.shape[2:]), ", ".join(layer.layout for layer in self.layers)
+        if not {"position", "rotated", "layers"} <= meta.keys():
+            raise ValueError(f"{path} is not a saved state")
+        there = (tensors["0.k"].shape[0], *tensors["0.k"].shape[2:])
+        if there != shape or meta["layers"] != layers:
+            raise ValueError(f"{path} is a state of (batch, heads, dim) {there} and layers {meta['layers']}, this one is of "
+                             f"{shape} and layers {layers}: load it with the model and window that it comes from")
+        self.position = int(meta["position"])
+        for i, layer in enumerate(self.layers):
+            k, v = (tensors[f"{i}.{name}"].to(layer.k) for name in "kv")
+            if (meta["rotated"] == "True") != layer.rotated:  # from the other backend
+                at = layer.saved(self.position)[2].to(k.device)
+                k = rope(k, at if layer.rotated else -at, self.turns)
+            if layer.layout == "full":
+                layer.write(k, v, 0)
+            else:
+                layer.k[:, :k.shape[1]], layer.v[:, :v.shape[1]] = k, v
+        return {name.removeprefix("extra."): x for name, x in tensors.items() if name.startswith("extra.")}
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    """
+    Every variant of exact attention: full, or a window with sinks (StreamingLLM, arXiv 2309.17453), whose positions are
+    those inside a cache of S sinks and W recent tokens. In parallel that is one softmax over the window's keys, by their
+    ordinary distance, and the sinks' keys, with the query where it sits in the cache: at min(position, S + W - 1).
+    """
+
+    def __init__(self, config, layer, scale):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.wqkv = Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=config.bias)
-        self.wo = Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
+        self.layer, self.scale = layer, scale
+        windowed = config.layer_kinds[layer] == "window"
+        self.window, self.sinks = (config.window, config.sinks) if windowed else (None, 0)
+        self.sink_tokens = config.sink_tokens
+        self.wqkv = Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=config.qkv_bias)
+        self.wo = Linear(config.n_head * config.head_dim, config.n_embd, bias=config.wo_bias)
+        self.sink_logit = nn.Parameter(torch.zeros(config.n_head)) if config.sink_logit else None
 
-    def forward(self, x, turns, positions, docs, cache, start):
+    def forward(self, x, turns, slopes, positions, docs, state, start):
         B, T, _ = x.shape
         H, G = self.n_head, self.n_kv_head
         qkv = self.wqkv(x).view(B, T, H + 2 * G, self.head_dim)
-        if cache is None:
-            qk, v = qkv.split([H + G, G], dim=2)  # views
-            q, k = (qk if turns is None else rope(qk, positions, turns)).split([H, G], dim=2)
-        else:
-            q, k, v = qkv.split([H, G, G], dim=2)
-            k, v = cache.append(k, v, start)
-            if turns is not None:
-                q, k = rope(q, positions, turns), rope(k, torch.arange(start + T, device=x.device), turns)
-        y = attention(q, k, v, q_docs=docs, k_docs=docs, q_start=start)
+        qk, v = qkv.split([H + G, G], dim=2)  # views
+        cache = None if state is None else state.layers[self.layer]
+        one = cache is not None and T == 1 and not torch.is_grad_enabled()
+        attend = self.decode if one else self.parallel
+        y = attend(qk, v, turns, slopes, positions, docs, state, cache, start)
+        if self.sink_logit is not None:
+            y = apply_sink_logit(*y, self.sink_logit).to(x.dtype)
         return self.wo(y.reshape(B, T, H * self.head_dim))
+
+    def parallel(self, qk, v, turns, slopes, positions, docs, state, cache, start):
+        """Any number of tokens, after those of the cache if there is one."""
+        H, G, T = self.n_head, self.n_kv_head, v.shape[1]
+        turned = qk if turns is None else rope(qk, positions, turns)
+        q, k = turned.split([H, G], dim=2)
+        window, first = self.window, start
+        if start == 0 and window is not None and T <= self.sinks + window:  # it holds everything: full attention
+            window = None
+        S = 0 if window is None else self.sinks
+        S = self.sink_tokens if docs is not None else S  # a learned token is of no document: a sink to all of them
+        k_sink, v_sink = k[:, :S], v[:, :S]
+        if cache is not None:
+            past_k, past_v, first = cache.past(start)
+            old_k, old_v = cache.k[:, :min(S, start)], cache.v[:, :min(S, start)]
+            if turns is not None and not cache.rotated:
+                past_k = rope(past_k, torch.arange(first, start, device=v.device), turns)
+                old_k = rope(old_k, torch.arange(old_k.shape[1], device=v.device), turns)
+            k_sink, v_sink = (torch.cat([old.to(new.dtype), new[:, :max(0, S - start)]], 1)
+                              for old, new in ((old_k, k), (old_v, v)))
+            cache.write(k if cache.rotated else qk[:, :, H:], v, start)
+            k, v = torch.cat([past_k.to(k.dtype), k], 1), torch.cat([past_v.to(v.dtype), v], 1)
+        sinks = None
+        if S:
+            clip = turns is not None and window is not None
+            sinks = rope(qk[:, :, :H], positions.clamp(max=S + window - 1), turns) if clip else q, k_sink, v_sink
+        return attention(q, k, v, scale=self.scale, window=window, sinks=sinks, alibi_slopes=slopes, q_docs=docs,
+                         k_docs=docs, q_start=start, k_start=first, return_lse=self.sink_logit is not None)
+
+    def decode(self, qk, v, turns, slopes, positions, docs, state, cache, start):
+        """One token after those of the cache, without a gradient."""
+        H, G, S = self.n_head, self.n_kv_head, self.sinks
+        options = dict(scale=self.scale, return_lse=self.sink_logit is not None)
+        slot = start if self.window is None else state.slot
+        if not cache.rotated:
+            q, k = qk.split([H, G], dim=2)
+            keys, values = cache.write_one(k, v, slot)
+            return decode_attention(q, keys, values, state.at, sinks=S, inv_freq=turns, alibi_slopes=slopes, **options)
+        q, k = rope(qk, positions, turns).split([H, G], dim=2)
+        keys, values = cache.write_one(k, v, slot)
+        if self.window is not None:
+            shift = start - (S + self.window - 1)  # how far the sinks must follow to keep their distance
+            if shift > 0 and S:
+                keys[:, -S:] = rope(keys[:, :S], positions.new_full((S,), shift), turns)
+                values[:, -S:] = values[:, :S]
+            keys, values = (x[:, S:] if shift > 0 else x[:, :start + 1] for x in (keys, values))
+        return attention(q, keys, values, causal=False, **options)
 
 
 class MLP(nn.Module):
@@ -197,17 +386,18 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer, scale):
         super().__init__()
         self.parallel = config.parallel_residual
         self.norm_attn = Norm(config)
-        self.attn = Attention(config)
-        self.norm_mlp = Norm(config)
+        self.attn = Attention(config, layer, scale)
+        self.norm_mlp = None if config.shared_norm else Norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, turns, positions, docs, cache, start):
-        y = x + self.attn(self.norm_attn(x), turns, positions, docs, cache, start)
-        return y + self.mlp(self.norm_mlp(x if self.parallel else y))
+    def forward(self, x, *args):
+        normed = self.norm_attn(x)
+        y = x + self.attn(normed, *args)
+        return y + self.mlp(normed if self.norm_mlp is None else self.norm_mlp(x if self.parallel else y))
 
 
 class GPT(nn.Module):
@@ -223,11 +413,23 @@ class GPT(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.activation_checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        n = config.sink_tokens
+        self.sink_embedding = nn.Parameter(torch.empty(n, config.n_embd)) if n else None
+        turns, slopes, factor = None, None, 1.0
+        with torch.device("cpu"):  # real even when the weights are built on "meta"
+            if config.position == "rope":
+                frequencies, factor = config.frequencies()
+                turns = rope_turns(frequencies)
+            if config.position == "alibi":
+                slopes = (alibi_slopes(config.n_head) * config.alibi_scale).view(torch.int32)
+        # both buffers are integers, the slopes by their bits: no .to(bfloat16) follows them
+        self.register_buffer("turns", turns, persistent=False)
+        self.register_buffer("slopes", slopes, persistent=False)
+        # YaRN's factor on q and k goes into the scale: with partial rotary the cosines would miss the other dims
+        scale = factor**2 * config.head_dim**-0.5
+        self.blocks = nn.ModuleList(Block(config, i, scale) for i in range(config.n_layer))
         self.norm_f = Norm(config)
         self.lm_head = None if config.tie_embeddings else Linear(config.n_embd, config.vocab_size, bias=False)
-        turns = rope_turns(rope_frequencies(config.rotary_dim, config.rope_base)[0]) if config.position == "rope" else None
-        self.register_buffer("turns", turns, persistent=False)  # int64: the frequencies never follow a .to(bfloat16)
         self._init_weights()
 
     def _init_weights(self):
@@ -236,6 +438,8 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
+        if self.sink_embedding is not None:
+            nn.init.normal_(self.sink_embedding, std=0.02)
         for block in self.blocks:  # each block adds twice to the residual stream: keep its variance at one (GPT-2)
             nn.init.normal_(block.attn.wo.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
             nn.init.normal_(block.mlp.w_down.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -253,19 +457,35 @@ class GPT(nn.Module):
         if state is not None and state.batch_size != idx.shape[0]:
             raise ValueError(f"the state is for {state.batch_size} sequences, idx has {idx.shape[0]}: make one by "
                              f"new_state({idx.shape[0]})")
-        x = self.wte(idx)
-        x = x.to(self.compute_dtype or x.dtype)
+        if docs is not None and "window" in self.config.attention and self.config.sinks > self.config.sink_tokens:
+            raise ValueError(f"docs with sinks {self.config.sinks} and sink_tokens {self.config.sink_tokens}: the sinks would be "
+                             f"the first document's tokens; set sinks to {self.config.sink_tokens}")
         start = 0 if state is None else state.position
         if positions is None:
             positions = torch.arange(start, start + idx.shape[1], device=idx.device)
-        for i, block in enumerate(self.blocks):
-            args = (x, self.turns, positions, docs, None if state is None else state.layers[i], start)
+        x = self.wte(idx)
+        n = self.config.sink_tokens if start == 0 else 0
+        if n:  # the learned tokens come first; the others move up
+            x = torch.cat([self.sink_embedding.to(x.dtype).expand(x.shape[0], n, -1), x], 1)
+            positions = torch.cat([torch.arange(n, device=idx.device).expand(*positions.shape[:-1], n), positions + n], -1)
+            docs = docs if docs is None else F.pad(docs, (n, 0))
+        x = self._blocks(x.to(self.compute_dtype or x.dtype), positions, docs, state, start)
+        if state is not None:  # not before every layer is done: a call that was cut short can be made again
+            state.position += x.shape[1]
+        return x[:, n:]
+
+    def _blocks(self, x, positions, docs, state, start):
+        slopes = None if self.slopes is None else self.slopes.view(torch.float32)
+        if state is not None and x.shape[1] == 1:
+            c = self.config
+            state.at.copy_(positions)
+            state.slot.copy_(torch.where(positions < c.sinks, positions, c.sinks + (positions - c.sinks) % c.window))
+        for block in self.blocks:
+            args = x, self.turns, slopes, positions, docs, state, start
             if self.activation_checkpointing and state is None and torch.is_grad_enabled():
                 x = checkpoint(block, *args, use_reentrant=False)
             else:
                 x = block(*args)
-        if state is not None:  # not before every layer is done: a call that was cut short can be made again
-            state.position += idx.shape[1]
         return self.norm_f(x)
 
     def forward(self, idx, targets=None, *, positions=None, docs=None, state=None, reduction="mean"):
@@ -285,17 +505,21 @@ class GPT(nn.Module):
         """An empty state for `batch_size` sequences, on the model's device, in the dtype it computes in."""
         c, w = self.config, self.wte.weight
         dtype = self.compute_dtype or w.dtype
-        return State(batch_size, [KVCache(batch_size, c.n_kv_head, c.head_dim, w.device, dtype) for _ in range(c.n_layer)])
+        rotated = c.position == "rope" and not use_triton(w)
+        args = batch_size, c.n_kv_head, c.head_dim, w.device, dtype, rotated
+        return State(batch_size, [WindowCache(*args, c.sinks, c.window) if kind == "window" else KVCache(*args)
+                                  for kind in c.layer_kinds], self.turns)
 
     @torch.no_grad()
     def generate(self, prompt, max_new_tokens=None, state=None, *, temperature=1.0, top_k=None, top_p=None, min_p=None,
-                 vocab_size=None, seed=None) -> Iterator[torch.Tensor]:
+                 vocab_size=None, seed=None, generator=None, cuda_graphs=True) -> Iterator[torch.Tensor]:
         """
         Continues prompt (B, T) int64, T >= 1, and yields the next token of each sequence, (B,) int64, without end
         unless max_new_tokens is given. `state` is what came before the prompt (None: nothing) and is carried along: it
         has seen every token but the last one yielded. temperature 0 takes the likeliest token; top_k, top_p and min_p
         (a fraction of the largest probability) cut the distribution in that order; tokens from vocab_size on (padding
-        of the vocabulary) are never drawn.
+        of the vocabulary) are never drawn. Draws come from `generator`, or a new one with `seed`. cuda_graphs: on a GPU,
+        when every layer is a window, each step is one replay of a captured graph.
         """
         if prompt.dim() != 2 or prompt.shape[1] == 0:
             raise ValueError(f"generate: the prompt has shape {tuple(prompt.shape)}, it must be (B, T) with T at least 1")
@@ -307,10 +531,12 @@ class GPT(nn.Module):
             if not fine:
                 raise ValueError(f"generate: {name} is {value}, it must be {range_}")
         state = self.new_state(prompt.shape[0]) if state is None else state
-        generator = torch.Generator(prompt.device)
-        generator.manual_seed(seed) if seed is not None else generator.seed()
+        if generator is None:
+            generator = torch.Generator(prompt.device)
+            generator.manual_seed(seed) if seed is not None else generator.seed()
         for chunk in prompt.split(1024, dim=1):  # bounds the activations of a long prompt
             x = self.hidden(chunk, state=state)
+        step = self._graphed(state) if cuda_graphs and self.can_graph(state) else lambda token: self.hidden(token, state=state)
         made = 0
         while max_new_tokens is None or made < max_new_tokens:
             logits = F.linear(x[:, -1], self.output_weight.to(x.dtype))[:, :vocab_size].float()
@@ -318,7 +544,39 @@ class GPT(nn.Module):
             yield token
             made += 1
             if made != max_new_tokens:
-                x = self.hidden(token[:, None], state=state)
+                x = step(token[:, None])
+
+    def can_graph(self, state: State) -> bool:
+        """Whether a decoding step can be a CUDA graph: on a GPU, by the Triton kernels, with a state that never grows."""
+        return self.wte.weight.is_cuda and all(not c.rotated and c.layout != "full" for c in state.layers)
+
+    def _graphed(self, state):
+        """-> a function of token (B, 1) like hidden(token, state=state), which replays one captured step."""
+        token = torch.zeros(state.batch_size, 1, dtype=torch.int64, device=self.wte.weight.device)
+        position = torch.full((1,), state.position, device=token.device)
+
+        def run():  # overwrites the newest token's slot only, which the next true step fills
+            x = self.wte(token)
+            return self.norm_f(self._blocks(x.to(self.compute_dtype or x.dtype), position, None, state, None))
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compiles the kernels and lets cuBLAS allocate
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            x = run()
+
+        def step(new_token):
+            token.copy_(new_token)
+            position.fill_(state.position)
+            graph.replay()
+            state.position += 1
+            return x
+
+        return step
 
     # ------------------------------------------------------------------------------------------------------------------
     # accounting, the optimizer's groups, files
@@ -331,15 +589,19 @@ class GPT(nn.Module):
         """
         Floating-point operations per token, forward and backward, at sequence length T: 6 per weight of a matrix (the
         embedding look-up is none, the output layer is one) and 12 H D per key that a query sees, (T + 1) / 2 of them on
-        average. Recomputation is not counted.
+        average, or fewer where a window hides some. Recomputation is not counted.
         """
         c = self.config
+        keys = 0.0
+        for kind in c.layer_kinds:
+            n = min(T, c.sinks + c.window) if kind == "window" else T  # the first n queries see all before them
+            keys += n / T * (n + 1) / 2 + (T - n) / T * (c.sinks + c.window)
         matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2) + c.vocab_size * c.n_embd
-        return 6 * matrices + 12 * c.n_layer * c.n_head * c.head_dim * (T + 1) / 2
+        return 6 * matrices + 12 * c.n_head * c.head_dim * keys
 
     def param_groups(self, weight_decay: float, lr: float) -> list[dict]:
         """AdamW's groups: matrices decay; norms, biases and embeddings do not."""
-        decay = [p for name, p in self.named_parameters() if p.dim() == 2 and not name.startswith("wte")]
+        decay = [p for name, p in self.named_parameters() if p.dim() == 2 and "embedding" not in name and "wte" not in name]
         decayed = {id(p) for p in decay}
         rest = [p for p in self.parameters() if id(p) not in decayed]
         return [dict(name="matrices", params=decay, weight_decay=weight_decay, lr=lr),
@@ -355,44 +617,37 @@ class GPT(nn.Module):
         save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
 
     @classmethod
-    def from_pretrained(cls, folder: str, **overrides) -> "GPT":
-        """A model from a folder that save_pretrained wrote; `overrides` replace fields of its GPTConfig. ValueError, when the
-        folder holds no such model, the file is cut short, or a tensor is missing, unexpected or of another shape."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-        try:
-            with open(os.path.join(folder, "config.json")) as f:
-                config = json.load(f)
-        except FileNotFoundError:
-            raise ValueError(f"{folder} holds no config.json: it is not a model's folder") from None
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{folder}/config.json is not valid JSON ({e}): the checkpoint is damaged") from None
-        kind = config.get("model_type") if isinstance(config, dict) else None
-        if kind != "nanolong":
-            raise ValueError(f"{folder}/config.json has model_type {kind!r}: only 'nanolong' can be loaded")
+    def from_pretrained(cls, name: str, **overrides) -> "GPT":
+        """
+        A model from a folder that save_pretrained wrote, or from a Hugging Face folder or hub id: Llama, Mistral, Qwen2,
+        GPT-NeoX (Pythia), Falcon, MPT. `overrides` replace fields of its GPTConfig; attention="window", window=1020,
+        sinks=4 makes any of them stream. ValueError when there is no such model, a field of its config is not
+        supported, a file is cut short, or a tensor is missing, unexpected or of another shape.
+        """
+        from data.pretrained import load_pretrained
         known = {f.name for f in fields(GPTConfig)}
         unknown = sorted(set(overrides) - known)
         if unknown:
             raise ValueError(f"GPTConfig has no field {', '.join(unknown)}: its fields are {', '.join(sorted(known))}")
+        config, tensors, folder = load_pretrained(name)
         try:
-            model = cls(GPTConfig(**({name: config[name] for name in known & set(config)} | overrides)))
+            c = GPTConfig(**{name: config[name] for name in known & config.keys()} | overrides)
         except TypeError as e:
             raise ValueError(f"{folder}/config.json holds a value of the wrong type ({e}): it is damaged") from None
-        path = os.path.join(folder, "model.safetensors")
-        try:
-            tensors = load_file(path)
-        except FileNotFoundError:
-            raise ValueError(f"{path} is missing: the checkpoint is incomplete") from None
-        except SafetensorError as e:
-            raise ValueError(f"{path} is cut short or damaged ({e})") from None
+        with torch.device("meta"):  # no memory for weights that are about to be replaced
+            model = cls(c)
+        if c.sink_tokens and not config.get("sink_tokens"):  # learned parts that an override adds
+            tensors["sink_embedding"] = torch.randn(c.sink_tokens, c.n_embd) * 0.02
+        if c.sink_logit and not config.get("sink_logit"):
+            tensors |= {f"blocks.{i}.attn.sink_logit": torch.zeros(c.n_head) for i in range(c.n_layer)}
         have, want = ({name: tuple(x.shape) for name, x in d.items()} for d in (tensors, model.state_dict()))
         wrong = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
         if wrong:
             name = wrong[0]
-            raise ValueError(f"{path} does not fit its config.json: {name} is {have.get(name, 'missing')} there, the model "
-                             f"has {want.get(name, 'no such tensor')} ({len(wrong)} tensors differ)")
-        model.load_state_dict(tensors)
-        return model
+            raise ValueError(f"the weights in {folder} do not fit its config.json: {name} is {have.get(name, 'missing')} there, "
+                             f"the model has {want.get(name, 'no such tensor')} ({len(wrong)} tensors differ)")
+        model.load_state_dict(tensors, assign=True)
+        return model.requires_grad_()
 
 
 def sample_token(logits, generator, temperature=1.0, top_k=None, top_p=None, min_p=None):

@@ -143,7 +143,7 @@ def test_state_size_and_gradient():
             model.blocks[1].attn.wqkv.weight += sign * eps * direction
             again = model.new_state(3)
             for new, old in zip(again.layers, reference.layers):
-                new.append(old.k[:, :10], old.v[:, :10], 0)
+                new.write(old.k[:, :10], old.v[:, :10], 0)
             again.position = 10
             losses.append(model(idx[:, 10:], idx[:, 10:], state=again, reduction="none")[1].double().mean())
             model.blocks[1].attn.wqkv.weight -= sign * eps * direction
@@ -170,7 +170,7 @@ def test_state_survives(tmp_path):
             torch.testing.assert_close(model(idx[:, 30:], state=s)[0], whole[:, 30:])
         with torch.autocast("cpu", torch.bfloat16):
             model(idx[:, :1], state=again)
-    message = r"2 layers of \(batch, heads, dim\) \(2, 2, 8\), this one has 2 of \(1, 2, 8\)"
+    message = r"\(batch, heads, dim\) \(2, 2, 8\) and layers full, full, this one is of \(1, 2, 8\)"
     with pytest.raises(ValueError, match=message):
         model.new_state(1).load(str(tmp_path / "state"))
     with pytest.raises(ValueError, match="the state is for 2 sequences, idx has 1"):
@@ -302,19 +302,19 @@ def test_files(tmp_path):
                               (dict(n_inner=64), r"\(32, 128\) there, the model has \(32, 64\)")):
         with pytest.raises(ValueError, match=message):
             GPT.from_pretrained(folder, **override)
+    right = (tmp_path / "m/config.json").read_text()
+    for text, message in (("[]", "has model_type None"), ('{"model_type": "nanolong", "n_layer": "x"}', "wrong type"),
+                          ("{", "not valid JSON")):
+        (tmp_path / "m/config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            GPT.from_pretrained(folder)
+    (tmp_path / "m/config.json").write_text(right)
     data = (tmp_path / "m/model.safetensors").read_bytes()
     (tmp_path / "m/model.safetensors").write_bytes(data[:len(data) // 2])
     with pytest.raises(ValueError, match="cut short or damaged"):
         GPT.from_pretrained(folder)
     (tmp_path / "m/model.safetensors").unlink()
     with pytest.raises(ValueError, match="is missing"):
-        GPT.from_pretrained(folder)
-    for text, message in (("[]", "has model_type None"), ('{"model_type": "nanolong", "n_layer": "x"}', "wrong type")):
-        (tmp_path / "m/config.json").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            GPT.from_pretrained(folder)
-    (tmp_path / "m/config.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
         GPT.from_pretrained(folder)
     with pytest.raises(ValueError, match="no config.json"):
         GPT.from_pretrained(str(tmp_path))
@@ -324,9 +324,9 @@ def test_files(tmp_path):
     (dict(n_head=5), "n_embd 32 is not divisible by n_head 5"),
     (dict(n_kv_head=3), "n_head 4 is not divisible by n_kv_head 3"),
     (dict(n_layer=0), "n_layer is 0"), (dict(n_inner=0), "n_inner is 0"), (dict(head_dim=300), "head_dim is 300"),
-    (dict(attention="flash"), "one of full"),
+    (dict(attention="flash"), "one of full, window or a"),
     (dict(norm="batch"), "one of rmsnorm, layernorm"), (dict(head_dim=9), "rotates 9 dims"),
-    (dict(rope_fraction=0.1), "rotates 0 dims"), (dict(position="alibi"), "one of rope, none")])
+    (dict(rope_fraction=0.1), "rotates 0 dims"), (dict(position="sin"), "one of rope, alibi, none")])
 def test_wrong_configurations(change, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**{**TINY, **change})

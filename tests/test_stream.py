@@ -1,0 +1,279 @@
+"""
+Window attention with sinks in the model: a stream, any chunking of it, one parallel pass and StreamingLLM written out
+literally are the same numbers at every layer, past many evictions; states, files and configurations.
+"""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import rope
+from model import GPT, GPTConfig, alibi_slopes
+
+TINY = dict(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, vocab_size=61, block_size=64, attention="window", window=9, sinks=3)
+VARIANTS = {
+    "rope": {},
+    "partial rope": dict(rope_fraction=0.5, n_kv_head=1),
+    "alibi": dict(position="alibi", n_head=6, n_kv_head=3, head_dim=8, norm="layernorm", mlp="gelu"),
+    "scaled rope": dict(rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)),
+    "no position": dict(position="none"),
+    "no sinks": dict(sinks=0),
+    "window of one": dict(window=1),
+    "sink logit": dict(sink_logit=True),
+    "sink tokens": dict(sink_tokens=2),
+    "hybrid": dict(attention="window,full", sink_logit=True, sink_tokens=1),
+}
+
+
+def tiny(variant, dtype=torch.float64, **overrides):
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**{**TINY, **VARIANTS[variant], **overrides})).to(dtype)
+    for p in model.parameters():  # away from the initial ones and zeros, so that every parameter counts
+        torch.nn.init.normal_(p, mean=float(p.dim() == 1 and p.mean() == 1), std=0.2)
+    return model
+
+
+def layers_of(model, feed):
+    """What each block and the model put out while `feed` calls the model: (n_layer + 1) tensors, calls joined."""
+    seen = [[] for _ in range(model.config.n_layer)]
+    hooks = [block.register_forward_hook(lambda _, __, y, outputs=outputs: outputs.append(y))
+             for block, outputs in zip(model.blocks, seen)]
+    logits = feed()
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(outputs, 1) for outputs in seen] + [logits]
+
+
+def fed_in(model, idx, sizes):
+    state, parts, sizes, at = model.new_state(idx.shape[0]), [], itertools.cycle(sizes), 0
+    size = state.nbytes
+    while at < idx.shape[1]:
+        n = next(sizes)
+        parts.append(model(idx[:, at:at + n], state=state)[0])
+        at += n
+    assert "full" in model.config.attention or state.nbytes == size > 0
+    return torch.cat(parts, 1)
+
+
+def assert_same(actual, expected, tolerance):
+    for layer, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        assert (a - b).norm() < tolerance * b.norm(), f"layer {layer}: {(a - b).norm() / b.norm():.1e}"
+
+
+def streaming_llm(model, idx):
+    """
+    StreamingLLM as its paper says it (arXiv 2309.17453), one token at a time in lists: the cache drops the oldest token
+    that is no sink, positions are counted inside the cache, and every key is rotated there anew. -> what layers_of gives.
+    """
+    c, w = model.config, dict(model.named_parameters())
+    H, G, D, R = c.n_head, c.n_kv_head, c.head_dim, c.rotary_dim // 2
+    theta = c.rope_base ** (-torch.arange(R).double() / R)
+
+    def rotate(x, position):  # (heads, D)
+        if c.position != "rope":
+            return x
+        cos, sin = (position * theta).cos(), (position * theta).sin()
+        a, b = x[:, :R], x[:, R:2 * R]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, x[:, 2 * R:]], 1)
+
+    def norm(x, name):
+        if c.norm == "layernorm":
+            return F.layer_norm(x, x.shape, w[name + ".weight"], None, c.norm_eps)
+        return x / (x.pow(2).mean() + c.norm_eps).sqrt() * w[name + ".weight"]
+
+    caches, outputs = [[] for _ in range(c.n_layer)], [[] for _ in range(c.n_layer + 1)]
+    for token in idx:
+        x = w["wte.weight"][token]
+        for i, cache in enumerate(caches):
+            p = f"blocks.{i}."
+            q, k, v = (w[p + "attn.wqkv.weight"] @ norm(x, p + "norm_attn")).view(-1, D).split([H, G, G])
+            cache.append((k, v))
+            if len(cache) > c.sinks + c.window:
+                del cache[c.sinks]
+            last, heads = len(cache) - 1, []
+            q = rotate(q, last)
+            for h in range(H):
+                s = torch.stack([q[h] @ rotate(k, j)[h // (H // G)] / D**0.5 for j, (k, _) in enumerate(cache)])
+                if c.position == "alibi":
+                    s = s - alibi_slopes(H)[h].double() * (last - torch.arange(len(cache)))
+                heads.append(s.softmax(0) @ torch.stack([v[h // (H // G)] for _, v in cache]))
+            x = x + w[p + "attn.wo.weight"] @ torch.cat(heads)
+            y = norm(x, p + "norm_mlp")
+            up = w[p + "mlp.w_up.weight"] @ y
+            x = x + w[p + "mlp.w_down.weight"] @ (
+                F.gelu(up) if c.mlp == "gelu" else F.silu(w[p + "mlp.w_gate.weight"] @ y) * up)
+            outputs[i].append(x)
+        outputs[-1].append(w["wte.weight"] @ norm(x, "norm_f"))
+    return [torch.stack(x)[None] for x in outputs]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["rope", "partial rope", "alibi", "no position", "no sinks", "window of one"])
+def test_one_pass_is_streaming_llm(variant):
+    model, idx = tiny(variant), torch.randint(0, 61, (1, 60))
+    assert_same(layers_of(model, lambda: model(idx)[0]), streaming_llm(model, idx[0]), 1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stream_equals_parallel(variant, dtype, tolerance):
+    model, idx = tiny(variant, dtype), torch.randint(0, 61, (2, 130))
+    whole = layers_of(model, lambda: model(idx)[0])
+    for sizes in ([1], [2], [7], [64], [1, 64, 7, 2, 1, 1, 30]):
+        assert_same(layers_of(model, lambda: fed_in(model, idx, sizes)), whole, tolerance)
+
+
+@torch.no_grad()
+def test_long_stream_in_chunks_of_1000():
+    model, idx = tiny("rope", torch.float32), torch.randint(0, 61, (1, 2500))
+    whole = layers_of(model, lambda: model(idx)[0])
+    for sizes in ([1000], [1]):
+        assert_same(layers_of(model, lambda: fed_in(model, idx, sizes)), whole, 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["rope", "alibi", "hybrid"])
+def test_stream_on_the_kernels(variant, triton_kernels, monkeypatch):
+    """Un-rotated keys in the ring, rotated as the decode kernel loads them: the numbers of the plain torch path."""
+    model, idx = tiny(variant, n_layer=2), torch.randint(0, 61, (2, 40))
+    streams = [layers_of(model, lambda: fed_in(model, idx, sizes)) for sizes in ([1], [17, 1, 1, 1])]
+    monkeypatch.setenv("NANOLONG_KERNELS", "reference")
+    whole = layers_of(model, lambda: model(idx)[0])
+    for stream in streams:
+        assert_same(stream, whole, 1e-10)
+
+
+@torch.no_grad()
+def test_at_ten_million_tokens():
+    """Far into a text the stream is what it is near its start: only distances and the cache's positions count."""
+    model, idx = tiny("rope", torch.float32), torch.randint(0, 61, (1, 80))
+    state, late, shift = model.new_state(1), model.new_state(1), 9 * 10**7  # a multiple of the window: the same slots
+    model(idx[:, :50], state=state)
+    for near, far in zip(state.layers, late.layers):
+        k, v, at = near.saved(50)
+        far.k[:, :12], far.v[:, :12] = rope(k, torch.where(at < 3, 0, shift), model.turns), v
+    near = torch.cat([model(idx[:, i:i + 1], state=state)[0] for i in range(50, 80)], 1)
+    late.position = 50 + shift
+    far = torch.cat([model(idx[:, i:i + 1], state=late)[0] for i in range(50, 80)], 1)
+    assert (far - near).norm() < 1e-5 * near.norm()
+
+
+@pytest.mark.parametrize("variant", ["rope", "alibi", "hybrid"])
+def test_training(variant):
+    """Every parameter gets a gradient, that of the dense formula; a window that holds all is full attention."""
+    model = tiny(variant, sink_logit=True)
+    idx, targets = torch.randint(0, 61, (2, 2, 40))
+    loss = model(idx, targets)[1]
+    grads = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters()))))
+    eps = 1e-6
+    for name, p in model.named_parameters():
+        direction, losses = torch.randn_like(p), []
+        for sign in (1, -1):
+            with torch.no_grad():
+                p += sign * eps * direction
+                losses.append(model(idx, targets, reduction="none")[1].double().mean())
+                p -= sign * eps * direction
+        torch.testing.assert_close((grads[name] * direction).sum(), (losses[0] - losses[1]) / (2 * eps), rtol=1e-3,
+                                   atol=1e-6, msg=name)
+    short = idx[:, :12 - model.config.sink_tokens]  # 3 sinks + window 9
+    full = tiny(variant, sink_logit=True, attention="full")
+    torch.testing.assert_close(model(short)[0], full(short)[0], rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(model(idx)[0], full(idx)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["rope", "hybrid"])
+def test_future_leak(variant):
+    """Tokens from t on are replaced: logits before t do not change by a bit."""
+    model, idx = tiny(variant, torch.float32), torch.randint(0, 61, (2, 50))
+    first = model(idx)[0]
+    for t in (49, 20, 1):
+        idx[:, t:] = torch.randint(0, 61, idx[:, t:].shape)
+        assert torch.equal(model(idx)[0][:, :t], first[:, :t])
+
+
+@torch.no_grad()
+def test_documents_share_the_learned_sink():
+    model = tiny("sink tokens", sinks=2)
+    idx = torch.randint(0, 61, (1, 45))
+    together = model(idx, docs=torch.tensor([[0] * 13 + [1] * 32]))[0]
+    idx[:, :13] = torch.randint(0, 61, (1, 13))
+    again = model(idx, docs=torch.tensor([[0] * 13 + [1] * 32]))[0]
+    assert torch.equal(together[:, 13:], again[:, 13:]) and not torch.allclose(together[:, :13], again[:, :13])
+    model.sink_embedding += 1
+    assert not torch.allclose(model(idx, docs=torch.tensor([[0] * 13 + [1] * 32]))[0][:, 13:], again[:, 13:])
+    with pytest.raises(ValueError, match="docs with sinks 3 and sink_tokens 0.*set sinks to 0"):
+        tiny("rope")(idx, docs=torch.zeros(1, 45, dtype=torch.int64))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saved_state_goes_on_bit_by_bit(variant, tmp_path, monkeypatch):
+    """Greedy generation from a saved and loaded state is that without the interruption; also from the other backend's."""
+    model, path = tiny(variant, torch.float32), str(tmp_path / "state")
+    prompt, state = torch.randint(0, 61, (2, 30)), model.new_state(2)
+    tokens = list(model.generate(prompt, 20, state, temperature=0))
+    size = state.nbytes
+    state.save(path, {"last": tokens[-1]})
+    expected = list(model.generate(tokens[-1][:, None], 30, state, temperature=0))
+    again = model.new_state(2)
+    last = again.load(path)["last"]
+    assert again.position == 49 + model.config.sink_tokens and again.nbytes <= size
+    assert torch.equal(torch.stack(list(model.generate(last[:, None], 30, again, temperature=0))), torch.stack(expected))
+    monkeypatch.setattr("model.use_triton", lambda x: True)
+    other = model.new_state(2)
+    other.load(path)
+    one, two = model.new_state(2), tokens[-1][:, None]
+    assert one.layers[0].rotated is False
+    monkeypatch.undo()
+    again = model.new_state(2)
+    again.load(path)
+    torch.testing.assert_close(model(two, state=other)[0], model(two, state=again)[0], rtol=1e-4, atol=1e-4)
+    other.save(path)
+    back = model.new_state(2)
+    back.load(path)
+    torch.testing.assert_close(model(two, state=back)[0], model(two, state=again)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_wrong_state_is_one_line(tmp_path):
+    path = str(tmp_path / "state")
+    tiny("rope").new_state(1).save(path)
+    for state, message in ((tiny("rope").new_state(2), r"\(1, 2, 8\).*this one is of \(2, 2, 8\)"),
+                           (tiny("rope", window=10).new_state(1), r"window 9 \+ 3 sinks.*window 10 \+ 3 sinks")):
+        with pytest.raises(ValueError, match=message):
+            state.load(path)
+    (tmp_path / "cut").write_bytes((tmp_path / "state").read_bytes()[:100])
+    for name in ("cut", "absent"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read as a saved state"):
+            tiny("rope").new_state(1).load(str(tmp_path / name))
+
+
+def test_alibi_slopes():
+    powers = [2.0 ** -k for k in range(1, 9)]
+    assert alibi_slopes(8).tolist() == powers
+    expected = powers + [0.707107, 0.353553, 0.176777, 0.088388]
+    torch.testing.assert_close(alibi_slopes(12), torch.tensor(expected), rtol=1e-5, atol=0)
+    model = tiny("alibi")
+    assert torch.equal(model.to(torch.bfloat16).slopes.view(torch.float32), alibi_slopes(6))
+
+
+def test_flops_count_the_keys_that_are_seen():
+    T, full, window = 64, tiny("rope", attention="full"), tiny("rope")
+    seen = sum(min(t + 1, 12) for t in range(T)) / T
+    assert full.flops_per_token(T) - window.flops_per_token(T) == pytest.approx(12 * 3 * 32 * ((T + 1) / 2 - seen))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(window=62), "sinks 3 \\+ window 62 is more than block_size 64.*set window to 61"),
+    (dict(window=0), "window is 0"), (dict(sinks=-1), "sinks is -1"), (dict(sink_tokens=4), "sinks is 3, sink_tokens 4"),
+    (dict(attention="window,flash"), "comma-separated pattern"), (dict(alibi_scale=2.0), "alibi_scale 2.0 needs position"),
+    (dict(shared_norm=True), "shared_norm is True"),
+    (dict(position="none", rope_scaling={"rope_type": "linear", "factor": 2.0}), "needs position 'rope'"),
+    (dict(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "depends on the length"),
+    (dict(rope_scaling={"rope_type": "nkt", "factor": 2.0}), "nkt")])
+def test_wrong_configurations(change, message):
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**{**TINY, **change})
