@@ -1,11 +1,17 @@
 """
-The merge of two attention results over disjoint keys, forward and backward.
+What comes after attention, forward and backward: the merge of two results over disjoint keys, and a learned sink.
 
+Merge:
     lse = ln(exp(lse_a) + exp(lse_b)),   a = exp(lse_a - lse),  b = exp(lse_b - lse),   out = a out_a + b out_b
     dout_a = a dout,   dlse_a = a (dlse + dout . (out_a - out)),   and so for b
 
 out (B, T, H, D), lse (B, H, T), natural logarithm. A part that saw nothing has lse -inf and share 0; two of them give
 (0, -inf). All in float32 (float64 for float64). Bytes moved, e per element: forward 3 B T H D e, backward 6 B T H D e.
+
+A sink that is a logit z_h in the softmax denominator, with no key or value: softmax-off-by-one where z is 0.
+    y = sum_j exp(s_j) v_j / (exp(z) + sum_j exp(s_j)) = g out,   g = sigmoid(lse - z),   lse without the sink
+    dout = g dy,   dlse = g (1 - g) dy . out,   dz_h = -sum over rows of dlse
+Bytes moved: forward 2 B T H D e, backward 3 B T H D e.
 """
 
 import torch
@@ -139,3 +145,104 @@ def merge_attention(out_a, lse_a, out_b, lse_b):
         return merge_attention_ref(out_a, lse_a, out_b, lse_b)
     acc = torch.promote_types(out_a.dtype, torch.float32)
     return _MergeAttention.apply(*(x.to(acc).contiguous() for x in (out_a, lse_a, out_b, lse_b)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the learned sink
+
+def apply_sink_logit_ref(out, lse, z):
+    """The meaning of `apply_sink_logit`, in plain torch."""
+    acc = torch.promote_types(out.dtype, torch.float32)
+    empty = lse == -torch.inf
+    share = (lse.to(acc).masked_fill(empty, 0.0) - z.to(acc)[:, None]).sigmoid().masked_fill(empty, 0.0)
+    return (out.to(acc) * share.transpose(1, 2)[..., None]).to(out.dtype)
+
+
+@triton.jit
+def _sink_share(LSE, Z, rows, at_lse, N, H: tl.constexpr):
+    """g and 1 - g: 0 and 1 for a row that saw nothing."""
+    b_lse = tl.load(LSE + at_lse, rows < N, 0.0)
+    empty = b_lse == float("-inf")
+    excess = tl.where(empty, 0.0, b_lse) - tl.load(Z + rows % H)
+    small = tl.exp2(-tl.abs(excess) * LOG2E)  # 0 to 1: no overflow
+    share = tl.where(excess > 0, 1.0, small) / (1.0 + small)
+    rest = tl.where(excess > 0, small, 1.0) / (1.0 + small)
+    return tl.where(empty, 0.0, share), tl.where(empty, 1.0, rest)
+
+
+@triton.jit(do_not_specialize=["N", "T"])
+def _sink_logit_fwd_kernel(OUT, LSE, Z, Y, N, T, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                           BLOCK_N: tl.constexpr):
+    rows, at_lse = _merge_rows(N, T, H, BLOCK_N)
+    share, _ = _sink_share(LSE, Z, rows, at_lse, N, H)
+    d = tl.arange(0, BLOCK_D)
+    at = rows[:, None] * D + d[None, :]
+    mask = (rows < N)[:, None] & (d < D)[None, :]
+    y = tl.load(OUT + at, mask, 0.0).to(share.dtype) * share[:, None]
+    tl.store(Y + at, y.to(Y.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["N", "T"])
+def _sink_logit_bwd_kernel(DY, OUT, LSE, Z, DOUT, DLSE, N, T, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                           BLOCK_N: tl.constexpr):
+    rows, at_lse = _merge_rows(N, T, H, BLOCK_N)
+    share, rest = _sink_share(LSE, Z, rows, at_lse, N, H)
+    d = tl.arange(0, BLOCK_D)
+    at = rows[:, None] * D + d[None, :]
+    mask = (rows < N)[:, None] & (d < D)[None, :]
+    dy = tl.load(DY + at, mask, 0.0).to(share.dtype)
+    out = tl.load(OUT + at, mask, 0.0).to(share.dtype)
+    tl.store(DOUT + at, (dy * share[:, None]).to(DOUT.dtype.element_ty), mask)
+    tl.store(DLSE + at_lse, share * rest * tl.sum(dy * out, 1), rows < N)
+
+
+def _sink_logit_fwd(out, lse, z):
+    y = torch.empty_like(out)
+    grid, tile = _merge_tile(out)
+    if out.numel():
+        _sink_logit_fwd_kernel[grid](out, lse, z, y, lse.numel(), out.shape[1], **tile)
+    return y
+
+
+def _sink_logit_bwd(dy, out, lse, z):
+    dout, dlse = torch.empty_like(out), torch.empty_like(lse)
+    grid, tile = _merge_tile(out)
+    if out.numel():
+        _sink_logit_bwd_kernel[grid](dy, out, lse, z, dout, dlse, lse.numel(), out.shape[1], **tile)
+    return dout, dlse
+
+
+register("apply_sink_logit_fwd", "(Tensor out, Tensor lse, Tensor z) -> Tensor", _sink_logit_fwd,
+         lambda out, lse, z: torch.empty_like(out))
+register("apply_sink_logit_bwd", "(Tensor dy, Tensor out, Tensor lse, Tensor z) -> (Tensor, Tensor)", _sink_logit_bwd,
+         lambda dy, out, lse, z: (torch.empty_like(out), torch.empty_like(lse)))
+
+
+class _SinkLogit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out, lse, z):
+        ctx.save_for_backward(out, lse, z)
+        return torch.ops.nanolong.apply_sink_logit_fwd(out, lse, z)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        dout, dlse = torch.ops.nanolong.apply_sink_logit_bwd(dy.contiguous(), *ctx.saved_tensors)
+        return dout, dlse, -dlse.sum((0, 2))
+
+
+def apply_sink_logit(out, lse, z):
+    """
+    Attention with a learned sink, from the attention without it: out (B, T, H, D), lse (B, H, T), natural logarithm,
+    and z (H,), the sink's logit for each head, beside the scaled scores -> out * sigmoid(lse - z) in out's dtype,
+    differentiable once in all three. Rows that saw nothing (out 0, lse -inf) stay 0, with gradients 0; a z of -inf is
+    no sink. Apply it once, after any merge. ValueError for shapes that do not fit. Softmax-off-by-one (Miller, 2023) is
+    z = 0.
+    """
+    if out.dim() != 4 or lse.shape != out.transpose(1, 2).shape[:3] or z.shape != out.shape[2:3]:
+        raise ValueError(f"apply_sink_logit: out {tuple(out.shape)}, lse {tuple(lse.shape)}, z {tuple(z.shape)}: "
+                         "they must be (B, T, H, D), (B, H, T) and (H,)")
+    if not use_triton(out):
+        return apply_sink_logit_ref(out, lse, z)
+    acc = torch.promote_types(out.dtype, torch.float32)
+    return _SinkLogit.apply(out.contiguous(), lse.to(acc).contiguous(), z.to(acc).contiguous())

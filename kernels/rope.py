@@ -172,7 +172,7 @@ def cos_sin(phase, ACC: tl.constexpr):
     only.)
     """
     if ACC == tl.float64:
-        angle = phase.to(tl.float64) * 3.4061215800304556e-19  # 2 pi / 2^64
+        angle = phase.to(tl.float64) * 3.4061215800865545e-19  # 2 pi / 2^64
         cos, sin = tl.cos(angle), tl.sin(angle)
     else:
         quadrant = (phase + (1 << 61)) >> 62  # -2 .. 1, to the nearest quarter turn
