@@ -5,6 +5,7 @@ The trainer, in one file: one process or torchrun, CPU, MPS or CUDA.
     python train.py config/quickstart.py --lr 1e-3       a config file gives the defaults, options change them
     torchrun --nproc-per-node 8 train.py config/pg19_124m.py
     python train.py config/quickstart.py --resume=auto   goes on from the latest checkpoint
+    python train.py --init-from HuggingFaceTB/SmolLM2-135M --block-size 1024 --attention window
 
 Every run writes runs/<name>/: config.json, metrics.jsonl, log.txt, step_*/ checkpoints and at its end loss.png.
 SIGTERM and Ctrl-C save a checkpoint at the end of the step and exit with 143 and 130. A user's mistake is one line on
@@ -24,15 +25,15 @@ import logging
 import math
 import os
 import platform
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -43,12 +44,17 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import Batch, check_length, eval_batches, prefetch, train_batch
+from data.prepare import prepare_folder
+from data.pretrained import load_pretrained
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokens import DataError, TokenFile
 from kernels.backend import use_triton
 from model import GPT, GPTConfig
 
 log = logging.getLogger("nanolong")  # the kernels' too: everything said goes to stdout and to the run's log.txt
+
+
+Flag = Annotated[bool | None, tyro.conf.arg(constructor=bool)]  # --x or --no-x; None: neither was given
 
 
 @dataclass
@@ -65,28 +71,33 @@ class TrainConfig:
     wandb: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
 
     data: str = "data/sample"  # folder of {train,validation}.<tokenizer>.tokens
-    tokenizer: str = "byte"  # byte, gpt2 or the path of a tokenizer.json
-    vocab_multiple: int = 64  # the model's vocabulary is the tokenizer's, rounded up to this: tensor cores like it
-    mask_documents: bool = False  # attention stays inside a document; without it windows span documents freely
+    tokenizer: str | None = None  # byte, gpt2 or the path of a tokenizer.json (default: byte, or init_from's)
+    vocab_multiple: int | None = None  # a new model's vocabulary is the tokenizer's, rounded up to this (default: 64)
+    mask_documents: bool = False  # attention stays inside a document; without it batches span documents freely
     seed: int = 1  # of the initial weights and of the batches
 
-    n_layer: int = 4  # blocks
-    n_head: int = 4  # query heads
-    n_kv_head: int | None = None  # key/value heads (default: n_head; fewer is GQA)
-    n_embd: int = 192  # width
-    head_dim: int | None = None  # of each head (default: n_embd / n_head)
-    n_inner: int | None = None  # width of the MLP (default: 4 n_embd for gelu, about 8/3 n_embd for swiglu)
-    block_size: int = 256  # tokens per training sequence
-    attention: str = "full"  # the attention of every layer
-    position: str = "rope"  # rope or none
-    rope_base: float = 10000.0  # larger turns slower: for longer context
-    rope_fraction: float = 1.0  # of each head that is rotated
-    norm: str = "rmsnorm"  # rmsnorm or layernorm
-    norm_eps: float = 1e-5  # under the norm's square root
-    mlp: str = "swiglu"  # swiglu or gelu
-    bias: bool = False  # in linear layers and layernorms
-    parallel_residual: bool = False  # attention and MLP side by side instead of one after the other
-    tie_embeddings: bool = True  # the output layer is the token embedding
+    init_from: str | None = None  # start from these weights: a run or step_ folder, a Hugging Face folder or hub id
+    n_layer: int | None = None  # blocks (default: 4, or init_from's)
+    n_head: int | None = None  # query heads (default: 4, or init_from's)
+    n_kv_head: int | None = None  # key/value heads (default: n_head, or init_from's; fewer is GQA)
+    n_embd: int | None = None  # width (default: 192, or init_from's)
+    head_dim: int | None = None  # of each head (default: n_embd / n_head, or init_from's)
+    n_inner: int | None = None  # width of the MLP (default: 4 n_embd, about 8/3 n_embd for swiglu, or init_from's)
+    block_size: int | None = None  # tokens per training sequence (default: 256, or init_from's)
+    attention: str | None = None  # full, window or a pattern: window,window,full (default: full, or init_from's)
+    window: int | None = None  # keys that a window layer's query sees (default: block_size - sinks, or init_from's)
+    sinks: int | None = None  # first tokens, which window layers see always (default: 4, or init_from's)
+    sink_logit: Flag = None  # a learned logit per head in the softmax's denominator (default: no, or init_from's)
+    sink_tokens: int | None = None  # learned vectors in front of every sequence (default: 0, or init_from's)
+    position: str | None = None  # rope, alibi or none (default: rope, or init_from's)
+    rope_base: float | None = None  # larger turns slower: for longer context (default: 10000, or init_from's)
+    rope_fraction: float | None = None  # of each head that is rotated (default: 1, or init_from's)
+    norm: str | None = None  # rmsnorm or layernorm (default: rmsnorm, or init_from's)
+    norm_eps: float | None = None  # under the norm's square root (default: 1e-5, or init_from's)
+    mlp: str | None = None  # swiglu or gelu (default: swiglu, or init_from's)
+    bias: Flag = None  # in linear layers and layernorms (default: no, or init_from's)
+    parallel_residual: Flag = None  # attention and MLP side by side, not in turn (default: no, or init_from's)
+    tie_embeddings: Flag = None  # the output layer is the token embedding (default: yes, or init_from's)
 
     batch_size: int = 16  # sequences per rank and micro-step: what fits in memory
     batch_tokens: int | None = None  # tokens per optimizer step (default: one micro-step of every rank)
@@ -107,29 +118,27 @@ class TrainConfig:
 
 
 FREE_ON_RESUME = {"name", "out", "resume", "log_every", "eval_every", "eval_tokens", "save_every", "keep", "wandb",
-                  "batch_size", "device", "compile", "activation_checkpointing"}  # batch_tokens is what counts
+                  "init_from", "batch_size", "device", "compile", "activation_checkpointing"}  # batch_tokens counts
 MINIMUM = dict(max_steps=1, log_every=1, eval_every=0, eval_tokens=1, save_every=0, keep=1, vocab_multiple=1,
-               block_size=1, batch_size=1, lr=0, warmup_steps=0, final_lr=0, wsd_decay=0, weight_decay=0, grad_clip=0)
+               batch_size=1, lr=0, warmup_steps=0, final_lr=0, wsd_decay=0, weight_decay=0, grad_clip=0)
+NEW_MODEL = dict(n_layer=4, n_head=4, n_embd=192, block_size=256, sinks=4)  # for the rest: GPTConfig
 
 
 def parse(args: list[str]) -> tuple[TrainConfig, str]:
     """[config/x.py] --option value ... -> the configuration, a stem for the run's name. ValueError, SystemExit."""
     config, stem = TrainConfig(), "train"
-    if args and args[0].endswith(".py"):
+    if args and not args[0].startswith("-"):
         path, args = Path(args[0]), args[1:]
         config, stem = load_config(path), path.stem
-    elif args and not args[0].startswith("-"):
-        for path in (f"{args[0]}.py", f"config/{args[0]}.py"):
-            if Path(path).is_file():
-                raise ValueError(f"{args[0]} is no config file: did you mean {path}?")
     for arg in args:
         if arg.endswith(".py") and Path(arg).is_file():
             raise ValueError(f"the config file comes first, then the options: python train.py {arg} ...")
     config = tyro.cli(TrainConfig, prog="train.py [config/x.py]", default=config, args=args,
                       description="Trains a GPT. A config file gives the defaults, options change them.")
     for name, least in MINIMUM.items():
-        if not getattr(config, name) >= least:
-            raise ValueError(f"{name} is {getattr(config, name)}: it must be at least {least}")
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} is {value}: it must be at least {least}")
     if not 0 <= config.seed < 2**63:
         raise ValueError(f"seed is {config.seed}: it must be in [0, 2^63)")
     return config, stem
@@ -137,18 +146,16 @@ def parse(args: list[str]) -> tuple[TrainConfig, str]:
 
 def load_config(path: Path) -> TrainConfig:
     """The TrainConfig that a file like config/quickstart.py calls `config`."""
-    if not path.is_file():
+    if not path.is_file() or path.suffix != ".py":
         known = " ".join(map(str, sorted(Path("config").glob("*.py"))))
         raise ValueError(f"no such config file: {path}; there are: {known or 'none in config/'}")
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        config = runpy.run_path(str(path)).get("config")
     except Exception as e:  # it is the user's file: a misspelt field is a TypeError
         raise ValueError(f"{path}: {type(e).__name__}: {e}") from None
-    if not isinstance(getattr(module, "config", None), TrainConfig):
+    if not isinstance(config, TrainConfig):
         raise ValueError(f"{path} must say: from train import TrainConfig; config = TrainConfig(...)")
-    return module.config
+    return config
 
 
 @dataclass
@@ -215,33 +222,50 @@ def from_rank0(place: Place, function, *args):
     return result[0]
 
 
-def synchronize(device: torch.device):
-    """Waits for the device, so that a clock can be read."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+def start_model(config: TrainConfig) -> tuple[TrainConfig, GPT, Tokenizer]:
+    """-> config with the model's options and the tokenizer filled in, the model before any step, the tokenizer."""
+    given = {f.name: value for f in fields(GPTConfig) if (value := getattr(config, f.name, None)) is not None}
+    name = config.tokenizer or "byte"
+    if config.init_from is not None:
+        source = str((checkpoints(Path(config.init_from)) or [config.init_from])[-1])  # of a run the latest
+        base, folder = load_pretrained(source)[::2]
+        name = str(config.tokenizer or base.get("tokenizer") or folder / "tokenizer.json")
+    tokenizer = load_tokenizer(name)
+    multiple = config.vocab_multiple or (64 if config.init_from is None else None)
+    if multiple is not None:
+        given["vocab_size"] = math.ceil(tokenizer.vocab_size / multiple) * multiple
+    torch.manual_seed(config.seed)
+    if config.init_from is None:
+        given = NEW_MODEL | given
+        given.setdefault("window", max(1, given["block_size"] - given["sinks"]))
+        model = GPT(GPTConfig(**given))
+    else:
+        model = GPT.from_pretrained(source, **given)
+    c = model.config
+    if tokenizer.vocab_size > c.vocab_size:
+        raise ValueError(f"tokenizer {name} has {tokenizer.vocab_size} ids, {config.init_from} has a vocabulary of "
+                         f"{c.vocab_size}: use the --tokenizer that it was trained with")
+    if config.mask_documents and "window" in c.attention and c.sinks > c.sink_tokens:
+        raise ValueError(f"mask_documents with sinks {c.sinks} and sink_tokens {c.sink_tokens}: the sinks would be the "
+                         f"first document's tokens; use --sinks {c.sink_tokens} or --sink-tokens {c.sinks}")
+    resolved = {f.name: getattr(c, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
+    return replace(config, tokenizer=name, vocab_multiple=multiple, **resolved), model, tokenizer
 
 
 def open_data(config: TrainConfig, place: Place, tokenizer: Tokenizer) -> tuple[TokenFile, TokenFile, Tokenizer]:
     """The training and validation sets and their tokenizer; the sample set is prepared on first use."""
     paths = [Path(config.data) / f"{split}.{tokenizer.tag}.tokens" for split in ("train", "validation")]
-    from_rank0(place, prepare_sample, config, paths)
-    train, validation = (TokenFile(path, tokenizer.vocab_size, tokenizer.tag) for path in paths)
+    sample = Path(__file__).resolve().parent / "data" / "sample"
+    if Path(config.data).resolve() == sample:  # does nothing where they are up to date
+        from_rank0(place, prepare_folder, sample, sample, tokenizer.name)
+    try:
+        train, validation = (TokenFile(path, tokenizer.vocab_size, tokenizer.tag) for path in paths)
+    except ValueError as e:  # a token file's name tells which tokenizer.json made it, not where that is
+        raise ValueError(str(e).replace("PATH/tokenizer.json", tokenizer.name)) from None
     check_length(train, config.block_size)
     if validation.n_tokens < 2:
         raise ValueError(f"{validation.path} holds {validation.n_tokens} tokens: evaluation needs 2 at least")
     return train, validation, tokenizer
-
-
-def prepare_sample(config: TrainConfig, paths: list[Path]):
-    """Makes data/sample's token files if they are what is asked for and missing: no download, a few seconds."""
-    sample = Path(__file__).resolve().parent / "data" / "sample"
-    if Path(config.data).resolve() != sample or all(path.is_file() for path in paths):
-        return
-    log.info(f"data: preparing {config.data} for the tokenizer {config.tokenizer}, once")
-    command = [sys.executable, str(sample / "prepare.py"), "--tokenizer", config.tokenizer]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"{' '.join(command)} failed: {done.stderr.strip()}")
 
 
 def resolve_batch(config: TrainConfig, world: int) -> tuple[int, int]:
@@ -417,10 +441,8 @@ def load_checkpoint(folder: Path, wanted: GPTConfig, config: TrainConfig) -> tup
 
 def make_optimizer(model: GPT, config: TrainConfig, tensors: dict | None) -> torch.optim.AdamW:
     """AdamW over the model's groups, each with its own peak learning rate; its state is `tensors` if given."""
-    groups = model.param_groups(config.weight_decay, config.lr)
+    groups = [group | {"peak_lr": group["lr"]} for group in model.param_groups(config.weight_decay, config.lr)]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
-    for group in optimizer.param_groups:
-        group["peak_lr"] = group["lr"]
     if tensors is not None:
         for name, p in model.named_parameters():
             optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device, copy=True)
@@ -521,18 +543,17 @@ def diverged(loss: float, norm: float, weights=()) -> str:
 def predict(forward: torch.nn.Module, batch: Batch, config: TrainConfig, place: Place, steps: int) -> float:
     """Seconds per step, from timed micro-steps on real data; the model and the optimizer stay as they were."""
     times = []
-    for _ in range(3):  # the first compiles and warms up, the better of the others counts
-        start = time.perf_counter()
-        micro_step(forward, batch, 0, place, batch.n_valid, sync=False)
-        synchronize(place.device)
-        times.append(time.perf_counter() - start)
+    for _ in range(4):  # the first compiles and warms up
+        micro_step(forward, batch, 0, place, batch.n_valid, sync=False).item()  # waits for the device
+        times.append(time.perf_counter())
     forward.zero_grad(set_to_none=True)
+    micro = min(times[2] - times[1], times[3] - times[2])
     micro_tokens = config.batch_size * config.block_size * place.world
     n_evals = 1 + (steps // config.eval_every if config.eval_every else 0)
     evals = n_evals * math.ceil(config.eval_tokens / micro_tokens) / 3  # in micro-steps: no backward pass
     n_micro = config.batch_tokens // micro_tokens
-    log.info(f"about {duration((steps * n_micro + evals) * min(times[1:]))} for {steps} steps")
-    return n_micro * min(times[1:])
+    log.info(f"about {duration((steps * n_micro + evals) * micro)} for {steps} steps")
+    return n_micro * micro
 
 
 def note_signals(world: int) -> list[int]:
@@ -582,13 +603,13 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
         nll, norm = optimizer_step(forward, optimizer, batch, factor, n_valid, config, place)
         done = step + 1
         if done == start + 3:  # what comes first is not timed: compilation, allocators, caches
-            synchronize(place.device)
+            norm.item()  # waits for the device: the clock can be read
             clock = lap = (done, time.perf_counter())
         evaluating, saving, reporting = (done == config.max_steps or every and done % every == 0
                                         for every in (config.eval_every, config.save_every, config.log_every))
         if not (evaluating or saving or reporting):
             continue
-        loss = total(place, nll.item())[0] / n_valid  # .item() waits for the device: the clock can be read
+        loss = total(place, nll.item())[0] / n_valid
         wrong = diverged(loss, norm.item(), model.parameters() if saving else ())
         if wrong:
             break
@@ -629,31 +650,26 @@ def setup(args: list[str], memory: MemoryHandler) -> tuple:
     """Whatever a user's mistake can break breaks here, as a ValueError or OSError in one line -> train's arguments."""
     config, stem = parse(args)
     place = choose_place(config)
-    batch_tokens, n_micro = resolve_batch(config, place.world)
-    config = replace(config, batch_tokens=batch_tokens)
     use_triton(torch.empty(0, dtype=place.dtype, device=place.device))  # says which kernels run, or why they cannot
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--wandb needs a package that is not installed: pip install wandb")
-    tokenizer = load_tokenizer(config.tokenizer)
-    vocab_size = math.ceil(tokenizer.vocab_size / config.vocab_multiple) * config.vocab_multiple
-    shape = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
-    wanted = GPTConfig(**shape, vocab_size=vocab_size)
+    config, model, tokenizer = start_model(config)
+    batch_tokens, n_micro = resolve_batch(config, place.world)
+    config = replace(config, batch_tokens=batch_tokens)
     if place.world > 1:  # gloo carries small numbers between CPUs: agreeing on them never waits for a GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if place.device.type == "cuda" else "gloo")
         total(place, 0)  # nobody may leave with an error before all have connected
     data = open_data(config, place, tokenizer)
     run, checkpoint = from_rank0(place, find_run, config, stem)
     start, tensors, changed = 0, None, []
-    if checkpoint is None:
-        torch.manual_seed(config.seed)
-        model = GPT(wanted)
-    else:
-        model, tensors, saved = load_checkpoint(checkpoint, wanted, config)
+    if checkpoint is not None:
+        model, tensors, saved = load_checkpoint(checkpoint, model.config, config)
         start = saved["step"]
         if start >= config.max_steps:
             raise ValueError(f"{checkpoint} is at step {start}, --max-steps is {config.max_steps}: nothing is left")
+        free = FREE_ON_RESUME | {"tokenizer"} | {f.name for f in fields(GPTConfig)}  # or compared already
         changed = [f"{key} {saved['config'].get(key)} -> {value}" for key, value in asdict(config).items()
-                   if key not in FREE_ON_RESUME | shape.keys() | {"tokenizer"} and saved["config"].get(key) != value]
+                   if key not in free and saved["config"].get(key) != value]
         changed += [f"{key} {saved['data'].get(key)} -> {value}" for key, value in data_identity(data).items()
                     if saved["data"].get(key, value) != value]
     model.compute_dtype = place.dtype if place.dtype != torch.float32 else None
@@ -669,7 +685,8 @@ def setup(args: list[str], memory: MemoryHandler) -> tuple:
     for line in (f"run: {run}", *place.reasons,
                  f"data: {config.data}, {count(len(data[0]))} training and {count(len(data[1]))} validation tokens",
                  f"model: {count(model.num_params())} parameters, {count(model.num_params(embeddings=False))} of them "
-                 f"not embeddings; vocabulary {tokenizer.vocab_size} ({config.tokenizer}), rounded up to {vocab_size}",
+                 f"not embeddings; vocabulary {tokenizer.vocab_size} ({config.tokenizer}), in the model "
+                 f"{model.config.vocab_size}" + (f"; from {config.init_from}" if config.init_from else ""),
                  f"batch: {batch_tokens} tokens = {place.world} rank(s) x {n_micro} micro-step(s) x "
                  f"{config.batch_size} sequences x {config.block_size}",
                  *([f"resume: {checkpoint or 'no checkpoint yet'}, after step {start}"] if config.resume else []),

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from data.loader import train_batch
-from data.tokenizer import load_tokenizer
+from data.tokenizer import _byte_level_alphabet, load_tokenizer
 from data.tokens import TokenFile, TokenWriter
 from model import GPT, GPTConfig
 
@@ -204,7 +204,9 @@ def torchrun(*args):
 
 
 def test_two_ranks(tiny, tmp_path):
-    args = [*tiny, "--mask-documents", "--eval-tokens=450", "--batch-size=2"]
+    train.main([*tiny, "--name=first", "--max-steps=1"])
+    args = [*tiny, "--mask-documents", "--eval-tokens=450", "--batch-size=2", f"--init-from={tmp_path}/first",
+            "--attention=full,window", "--window=8", "--sinks=2", "--sink-tokens=2", "--sink-logit"]
     done = torchrun("train.py", *args, "--name=two")
     assert done.returncode == 0, done.stderr
     assert "2 rank(s) x 2 micro-step(s) x 2 sequences" in done.stdout
@@ -270,6 +272,130 @@ def test_first_step_is_the_mean_gradient_over_the_valid_targets(tiny, tmp_path, 
     loss.backward()
     norm = math.sqrt(sum(p.grad.double().square().sum() for p in model.parameters()))
     assert records(tmp_path / "direct", "loss", "grad_norm")[1] == pytest.approx((loss.item(), norm), rel=1e-6)
+
+
+# init-from
+
+
+@pytest.fixture
+def bare(tiny):
+    """`tiny` without the options that make a model."""
+    return [arg for arg in tiny if not arg.startswith(("--n-", "--block-size"))]
+
+
+@pytest.fixture
+def llama(data, tmp_path):
+    """A Hugging Face folder: a Llama of random weights and a byte-level tokenizer.json, with the data in its ids."""
+    folder, G, D, C, V = tmp_path / "llama", 2, 8, 32, 257
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(dict(
+        model_type="llama", hidden_size=C, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=D,
+        num_key_value_heads=G, vocab_size=V, max_position_embeddings=32, rms_norm_eps=1e-5, hidden_act="silu",
+        rope_theta=5000.0, tie_word_embeddings=False)))
+    shapes = {"lm_head.weight": (V, C), "model.embed_tokens.weight": (V, C), "model.norm.weight": (C,)}
+    for name, shape in {"self_attn.q_proj": (4 * D, C), "self_attn.k_proj": (G * D, C), "self_attn.v_proj": (G * D, C),
+                        "self_attn.o_proj": (C, 4 * D), "mlp.gate_proj": (48, C), "mlp.up_proj": (48, C),
+                        "mlp.down_proj": (C, 48), "input_layernorm": (C,), "post_attention_layernorm": (C,)}.items():
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for i in range(2)}
+    save_file({name: torch.randn(shape) * 0.1 + (len(shape) == 1) for name, shape in shapes.items()},
+              folder / "model.safetensors", metadata={"format": "pt"})
+    end = dict(id=256, content="<|endoftext|>", single_word=False, lstrip=False, rstrip=False, normalized=False,
+               special=True)
+    steps = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    vocab = {char: i for char, i in _byte_level_alphabet().items()}
+    (folder / "tokenizer.json").write_text(json.dumps(dict(
+        version="1.0", truncation=None, padding=None, added_tokens=[end], normalizer=None, pre_tokenizer=steps,
+        post_processor=None, decoder=steps, model=dict(type="BPE", vocab=vocab, merges=[]))))
+    tag = load_tokenizer(folder / "tokenizer.json").tag
+    for split in ("train", "validation"):
+        file = TokenFile(data / f"{split}.byte.tokens")
+        with TokenWriter(tmp_path / "ids" / f"{split}.{tag}.tokens", vocab_size=V, tokenizer=tag) as writer:
+            for start, end in zip(file.doc_offsets, file.doc_offsets[1:]):
+                writer.add_document(file.tokens[start:end])
+    return folder
+
+
+def first_loss(model, data):
+    """Of `tiny`'s first batch."""
+    batch = train_batch(TokenFile(data / "train.byte.tokens"), 32, 1, 0, 0, 1, 8, with_docs=False)
+    return model(batch.x[0], batch.y[0])[1].item()
+
+
+def test_init_from_a_run(bare, tmp_path, whole, data):
+    """The run's weights, architecture and tokenizer; what is given changes it, and is what the run then saves."""
+    train.main([*bare, "--name=same", f"--init-from={whole}", "--max-steps=2"])
+    source = GPT.from_pretrained(str(whole / "step_0000008"))
+    assert records(tmp_path / "same", "loss")[1][0] == pytest.approx(first_loss(source, data), rel=1e-6)
+    config = json.loads((tmp_path / "same" / "config.json").read_text())
+    assert (config["n_layer"], config["n_embd"], config["block_size"], config["tokenizer"]) == (2, 32, 32, "byte")
+    assert GPT.from_pretrained(str(tmp_path / "same" / "step_0000002")).config == source.config
+    more = dict(attention="full,window", window=8, sinks=2, rope_base=500.0, sink_logit=True, sink_tokens=2)
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in more.items() if value is not True]
+    train.main([*bare, "--name=other", f"--init-from={whole}/step_0000002", "--max-steps=2", "--sink-logit", *options])
+    torch.manual_seed(1)  # of the learned tokens
+    changed = GPT.from_pretrained(str(whole / "step_0000002"), **more)
+    assert records(tmp_path / "other", "loss")[1][0] == pytest.approx(first_loss(changed, data), rel=1e-6)
+    assert first_loss(changed, data) != pytest.approx(first_loss(source, data), rel=1e-3)
+    assert GPT.from_pretrained(str(tmp_path / "other" / "step_0000002")).config == changed.config
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert {key: config[key] for key in more} == more and config["position"] == "rope"
+
+
+def test_init_from_a_hugging_face_folder_and_resume(bare, tmp_path, llama, data):
+    args = [*bare, f"--data={tmp_path}/ids", f"--init-from={llama}", "--attention=window", "--window=8", "--sinks=2",
+            "--sink-tokens=1", "--save-every=4"]
+    train.main([*args, "--name=whole"])
+    torch.manual_seed(1)
+    model = GPT.from_pretrained(str(llama), attention="window", window=8, sinks=2, sink_tokens=1)
+    whole = records(tmp_path / "whole")
+    assert whole[1][0] == pytest.approx(first_loss(model, data), rel=1e-6) and model.config.rope_base == 5000
+    saved = json.loads((tmp_path / "whole" / "step_0000004" / "config.json").read_text())
+    assert saved["tokenizer"] == str(llama / "tokenizer.json") and saved["vocab_size"] == 257
+    for more in ([], ["--init-from=" + str(tmp_path / "whole" / "step_0000008")]):  # the checkpoint's weights win
+        name = f"resumed{len(more)}"
+        train.main([*args, *more, f"--name={name}", f"--resume={tmp_path}/whole/step_0000004"])
+        assert records(tmp_path / name) == {s: r for s, r in whole.items() if s > 4}
+        ours, theirs = (load_file(tmp_path / run / "step_0000008" / "model.safetensors") for run in (name, "whole"))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    message = fails(*args, "--name=other", f"--resume={tmp_path}/whole/step_0000004", "--window=9")
+    assert "window 8 there, 9 here" in message
+
+
+def test_mistakes_about_init_from(bare, tmp_path, whole, llama):
+    args = [*bare, f"--init-from={llama}", f"--data={tmp_path}/ids", "--name=wrong"]
+    tokens = [*args, "--tokenizer=byte", "--vocab-multiple=1"]  # of the same number of ids
+    (tmp_path / "other").mkdir()
+    save_file({}, tmp_path / "other" / "model.safetensors")
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
+    for options, words in (
+            ([*args, "--init-from=nowhere/step_1/x"], ["nowhere/step_1/x", "no such folder"]),
+            ([*args, f"--init-from={tmp_path}/other"], ["bert", "llama"]),
+            ([*args, f"--data={tmp_path}"], ["no such token file", f"--tokenizer {llama}/tokenizer.json"]),
+            (tokens, ["train.byte.tokens", "--tokenizer byte"]),
+            ([*args, "--tokenizer=gpt2"], ["gpt2", "50257", "257"]),
+            ([*args, "--n-embd=64"], ["do not fit", str(llama)]),
+            ([*args, "--vocab-multiple=64"], ["do not fit", "(257, 32)", "(320, 32)"]),
+            ([*args, "--attention=window"], ["sinks 4 + window 1020", "block_size 32", "28"])):
+        message = fails(*options)
+        assert all(word in message for word in words), message
+    (llama / "tokenizer.json").unlink()
+    assert "llama/tokenizer.json: no such file" in fails(*args)
+    path = whole / "step_0000008" / "config.json"
+    path.write_text(path.read_text().replace('"byte"', "3"))
+    assert "unknown tokenizer '3'" in fails(*bare, f"--init-from={whole}", "--name=wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_learned_sinks_and_windows_learn(tiny, tmp_path):
+    """A window of 4 of 32 tokens: nearly all of what is there to learn is inside it."""
+    train.main([*tiny, "--name=sinks", "--attention=window", "--window=4", "--sinks=4", "--sink-tokens=2",
+                "--sink-logit", "--max-steps=60", "--lr=1e-2", "--eval-every=0", "--log-every=10"])
+    assert records(tmp_path / "sinks", "loss")[60][0] < 2.4  # without a context each letter costs log(26) = 3.26
+    learned = GPT.from_pretrained(str(tmp_path / "sinks" / "step_0000060"))
+    assert learned.config.layer_kinds == ["window", "window"]
+    assert all((block.attn.sink_logit != 0).all() for block in learned.blocks)
+    torch.manual_seed(1)
+    assert (learned.sink_embedding != GPT(learned.config).sink_embedding).all()
 
 
 def test_the_prediction_touches_nothing(tiny, tmp_path, whole, monkeypatch):
@@ -391,6 +517,7 @@ def test_a_diverged_run_that_a_signal_stops_saves_nothing(tiny, tmp_path, monkey
     (["--lr", "1"], dict(lr=1.0)), (["--lr=1"], dict(lr=1.0)), (["--schedule=wsd"], dict(schedule="wsd")),
     (["--no-compile"], dict(compile=False)), (["--compile"], dict(compile=True)),
     (["--resume=auto"], dict(resume="auto")), (["--n-kv-head", "2"], dict(n_kv_head=2)),
+    (["--sink-logit"], dict(sink_logit=True)), (["--no-tie-embeddings"], dict(tie_embeddings=False)),
 ])
 def test_command_line_forms(args, expected):
     config, stem = train.parse(args)
@@ -409,16 +536,18 @@ def test_help_and_typos(capsys):
 
 def test_config_file_gives_defaults_that_options_change(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("from train import TrainConfig\nconfig = TrainConfig(n_layer=7, lr=1)\n")
-    config, stem = train.parse([str(path), "--n-embd=64"])
+    path.write_text("from train import TrainConfig as C\nconfig = C(n_layer=7, lr=1, bias=True, sink_logit=True)\n")
+    config, stem = train.parse([str(path), "--n-embd=64", "--no-sink-logit"])
     assert (config.n_layer, config.n_embd, config.lr, stem) == (7, 64, 1, "mine")
+    assert (config.bias, config.sink_logit, config.tie_embeddings, config.n_head) == (True, False, None, None)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
 def test_recipes_load_and_make_a_model(path):
     config = train.load_config(path) if "TrainConfig" in path.read_text() else pytest.skip("another script's recipe")
-    assert train.resolve_batch(config, 1)[1] >= 1
-    assert GPTConfig(**{f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}).n_layer == config.n_layer
+    with torch.device("meta"):
+        config, model, _ = train.start_model(config)
+    assert train.resolve_batch(config, 1)[1] >= 1 and model.config.n_layer == config.n_layer
 
 
 def test_bad_config_files(tmp_path):
@@ -456,6 +585,10 @@ def test_a_mistake_is_one_line_and_no_traceback(tiny, tmp_path):
     (["config/quickstart.py"], ["comes first", "config/quickstart.py"]),
     (["--max-steps=0"], ["max_steps is 0", "1"]), (["--lr=nan"], ["lr is nan"]),
     (["--keep=0"], ["keep is 0", "1"]), (["--name=a/b"], ["a/b"]), (["--attention=ful"], ["ful", "full"]),
+    (["--vocab-multiple=0"], ["vocab_multiple is 0", "1"]), (["--block-size=0"], ["block_size is 0", "1"]),
+    (["--attention=window", "--mask-documents"], ["sinks 4 and sink_tokens 0", "--sinks 0 or --sink-tokens 4"]),
+    (["--attention=full,window", "--sink-tokens=5"], ["sinks is 4", "sink_tokens 5"]),
+    (["--attention=window", "--window=30"], ["sinks 4 + window 30", "block_size 32", "28"]),
     (["--name=gone", "--resume=auto"], ["no such run", "gone"]), (["--resume=auto"], ["no such run"]),
     (["--resume=nowhere/step_0000001"], ["nowhere/step_0000001", "model.safetensors"]),
 ])
@@ -466,8 +599,9 @@ def test_mistakes(tiny, tmp_path, args, words):
 
 
 def test_the_config_file_is_given_in_other_ways(tiny):
-    for name in ("config/quickstart", "quickstart"):
-        assert "did you mean config/quickstart.py?" in fails(name, *tiny)
+    for name in ("config/quickstart", "quickstart", "config"):
+        message = fails(name, *tiny)
+        assert f"no such config file: {name}; there are: " in message and "config/quickstart.py" in message
 
 
 def test_unknown_kernels(tiny, tmp_path, monkeypatch):
