@@ -28,9 +28,8 @@ from data.tokenizer import load_tokenizer
 from data.tokens import HEADER, TokenFile, TokenWriter
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLE = ROOT / "data" / "sample"
+SAMPLE, STORIES = ROOT / "data" / "sample", ROOT / "data" / "stories260k"
 GPT2_GOLDENS = json.loads((Path(__file__).parent / "gpt2_goldens.json").read_text())
-TEST_DATA = os.environ.get("NANOLONG_TEST_DATA")  # a folder of larger files, for the tests that need them
 # every width of UTF-8, combining marks, a BOM, control characters, CRLF, runs of spaces, and control tokens' names
 HARD_TEXT = ("Hello, world!  a\r\n\n\tb   c\ufeff\x00\x7f caf\u00e9 cafe\u0301 \u65e5\u672c\u8a9e \u2581 "
              "\U0001f600\U0001f44d\U0001f3fd <|endoftext|> </s> <s><unk><0x41> 1234567 don't " + "x" * 300 + " " * 300)
@@ -223,7 +222,8 @@ def test_gpt2_is_offline_and_checks_its_ranks(tmp_path, monkeypatch):
 
 def test_unknown_tokenizers(tmp_path):
     for name, parts in [("gtp2", ["did you mean gpt2?"]), ("bytes", ["did you mean byte?"]),
-                        ("llama", ["byte, gpt2 or"]), (tmp_path / "tokenizer.json", ["no such file"])]:
+                        ("llama", ["byte, gpt2 or"]), (tmp_path / "tokenizer.json", ["no such file"]),
+                        (tmp_path, ["tokenizer.json", "no such file"])]:
         with pytest.raises(ValueError) as error:
             load_tokenizer(name)
         one_line(error, name, *parts)
@@ -285,16 +285,54 @@ def test_metaspace_tokenizer_json(tmp_path):
     assert tokenizer.decode([0, 1, 2]) == b"" and len(ids) < len(text.encode("utf-8"))
 
 
-@pytest.mark.skipif(TEST_DATA is None, reason="NANOLONG_TEST_DATA names no folder with stories260k/")
 def test_stories260k_tokenizer_json():
     pytest.importorskip("tokenizers")
-    stories = Path(TEST_DATA) / "stories260k"
-    tokenizer = load_tokenizer(stories / "tokenizer.json")
-    golden = json.loads((stories / "greedy_golden.json").read_text())
+    tokenizer = load_tokenizer(STORIES)  # the folder's
+    assert load_tokenizer(STORIES / "tokenizer.json").tag == tokenizer.tag
     assert (tokenizer.vocab_size, tokenizer.eot) == (512, 2) and tokenizer.tag.startswith("stories260k-")
-    assert tokenizer.decode(golden["greedy_ids"]).decode("utf-8").startswith(" " + golden["text"])
-    assert tokenizer.encode("Once upon a time,") == golden["greedy_ids"][1:6] == [403, 407, 261, 378, 432]
+    assert (tokenizer.prefix, tokenizer.stop) == ([1], {2})
+    assert tokenizer.encode("Once upon a time,") == [403, 407, 261, 378, 432]
+    assert tokenizer.encode("<s>a", control=True) == [1, 261] and 1 not in tokenizer.encode("<s>a")
     check_bytes(tokenizer, HARD_TEXT.replace("\u2581", ""), prefix=b" ")
+
+
+def test_control_tokens(gpt2):
+    """They come of text only where asked for."""
+    assert load_tokenizer("byte").encode("</s>", control=True) == list(b"</s>")
+    assert gpt2.encode("a<|endoftext|>b", control=True) == [64, 50256, 65] and gpt2.stop == {50256}
+    assert 50256 not in gpt2.encode("a<|endoftext|>b") and gpt2.prefix == []
+
+
+def test_what_ends_a_text(tmp_path):
+    """The configurations beside a tokenizer.json say it, or else the names of its tokens."""
+    path = tmp_path / "tokenizer.json"
+    spec = train_hf(path, "bytelevel", specials=["<s>", "<|endoftext|>", "<|im_end|>", "<call>"])
+    around = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+              {"SpecialToken": {"id": "<call>", "type_id": 0}}]
+    spec["post_processor"] = {"type": "TemplateProcessing", "single": around, "pair": around + [
+        {"Sequence": {"id": "B", "type_id": 1}}], "special_tokens": {
+            name: {"id": name, "ids": [i], "tokens": [name]} for name, i in (("<s>", 0), ("<call>", 3))}}
+    path.write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.eot, tokenizer.stop, tokenizer.prefix) == (1, {1, 2}, [0])
+    for config, generation, eot, stop in (({}, {}, 1, {1, 2}), ({"eos_token_id": None}, {}, 1, {1, 2}),
+                                          ({"eos_token_id": 2}, {}, 2, {1, 2}),
+                                          ({"eos_token_id": 2}, {"eos_token_id": [3, 2]}, 3, {1, 2, 3})):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        tokenizer = load_tokenizer(path)
+        assert (tokenizer.eot, tokenizer.stop) == (eot, stop)
+        check_bytes(tokenizer, HARD_TEXT)
+        assert tokenizer.decode(sorted(stop)) == b"" and tokenizer.encode("a<call>", control=True)[-1] == 3
+    for wrong in (400, -1, "2", [1, 2.0]):
+        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(ValueError) as error:
+            load_tokenizer(path)
+        one_line(error, tmp_path / "config.json", wrong, "0 to 399")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError) as error:
+        load_tokenizer(path)
+    one_line(error, tmp_path / "config.json", "not valid JSON")
 
 
 def test_tokenizer_json_refusals(tmp_path):
@@ -419,16 +457,16 @@ def test_sample_books(tmp_path):
         assert name.lower() in row.lower()
         assert all(part in row for part in (author, year, url, f"{files[i].stat().st_size:,}"))
         assert "gutenberg license" not in files[i].read_text(encoding="utf-8").lower()
-    assert authors.keys() == {"train", "validation", "test"} and len(set.union(*authors.values())) == 4
+    assert authors.keys() == {"train", "validation", "test"} and len(set.union(*authors.values())) == 5
     assert 1_500_000 < sum(path.stat().st_size for path in files.values()) < 2_500_000
-    n_bytes = {"train": 429045 + 635749, "validation": 553858, "test": 318140}
-    n_gpt2 = {"train": 112067 + 162484, "validation": 138178, "test": 85963}
+    n_bytes = {"train": 429045 + 635749, "validation": 553858, "test": 249429 + 318140}
+    n_gpt2 = {"train": 112067 + 162484, "validation": 138178, "test": 61258 + 85963}
     for name, expected in [("byte", n_bytes), ("gpt2", n_gpt2)]:
         if name == "gpt2":
             pytest.importorskip("tiktoken")
         made = {s: TokenFile(path) for s, path in prepare_folder(SAMPLE, tmp_path, name).items()}
         assert {s: f.n_tokens - f.n_docs for s, f in made.items()} == expected
-        assert {s: f.n_docs for s, f in made.items()} == {"train": 2, "validation": 1, "test": 1}
+        assert {s: f.n_docs for s, f in made.items()} == {"train": 2, "validation": 1, "test": 2}
         nbytes = load_tokenizer(name).token_nbytes
         assert {s: nbytes[f.tokens].sum() for s, f in made.items()} == n_bytes
 
