@@ -1,7 +1,8 @@
 """
 Every kernel against its peers, one table, checked before it is timed.
 
-    python -m kernels.bench [attention merge_attention rope rms_norm swiglu linear_cross_entropy model]   # default: all
+    python -m kernels.bench [attention decode_attention merge_attention apply_sink_logit rope rms_norm swiglu
+                             linear_cross_entropy model]                                              # default: all
 
 A kernel's output and gradients are compared with those of plain torch or SDPA, at a small shape and at each that is
 timed: what is wrong is marked WRONG, not timed, and the exit status is 1.
@@ -39,13 +40,16 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import aot, backend
 from kernels.attention import TILES, attention
+from kernels.decode import TILES as DECODE_TILES
+from kernels.decode import decode_attention, decode_attention_ref
 from kernels.loss import linear_cross_entropy
-from kernels.merge import merge_attention
+from kernels.merge import apply_sink_logit, merge_attention
 from kernels.norm import rms_norm
 from kernels.rope import rope, rope_frequencies, rope_ref, rope_turns
 from kernels.swiglu import swiglu
 
-KernelName = Literal["attention", "merge_attention", "rope", "rms_norm", "swiglu", "linear_cross_entropy", "model"]
+KernelName = Literal["attention", "decode_attention", "merge_attention", "apply_sink_logit", "rope", "rms_norm", "swiglu",
+                     "linear_cross_entropy", "model"]
 KERNELS = get_args(KernelName)
 
 
@@ -133,6 +137,52 @@ def attention_cases():
             variants={"full": functools.partial(attention, causal=False), "docs, lse": documents})
 
 
+def decode_cases():
+    def make(device, dtype, B, N, H, G, D):  # the ring has turned many times: its oldest key is in the middle
+        q, k, v = (randn(device, dtype, B, n, heads, D).detach() for n, heads in ((1, H), (N, G), (N, G)))
+        position = torch.tensor([5 * N + N // 3], device=device)
+        turns = rope_turns(rope_frequencies(D)[0]).to(device)
+        return [q, k, v, position, turns, *in_order(q, k, v, position, turns)]
+
+    def in_order(q, k, v, position, turns):
+        """What a cache that is concatenated holds: keys and values by in-cache position, rotated."""
+        N = k.shape[1]
+        slots = torch.arange(N, device=k.device)
+        window = (slots - 4 + position - 4 + 1) % (N - 4) + 4
+        slots = torch.where(slots < 4, slots, window)
+        return (rope_ref(q, torch.full_like(position, N - 1), turns),
+                rope_ref(k[:, slots], torch.arange(N, device=k.device), turns), v[:, slots])
+
+    def ours(q, k, v, position, turns, *_):
+        return decode_attention(q, k, v, position, sinks=4, inv_freq=turns)
+
+    def without_positions(q, k, v, position, *_):
+        out, lse = decode_attention(q, k, v, position, sinks=4, return_lse=True)
+        return out.float().sum() + lse.sum()
+
+    def ref(q, k, v, position, turns, *_):
+        return decode_attention_ref(q, k, v, position, sinks=4, scale=q.shape[3] ** -0.5, inv_freq=turns)[0]
+
+    def plain(q, k, v):  # q, k rotated, no mask: the new token sees the whole cache
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+    def tiles(arch):
+        return [({2: torch.bfloat16, 4: torch.float32}[element], dict(B=1, N=512, H=8, G=2, D=block_d))
+                for element, block_d in DECODE_TILES]
+
+    sizes = [(1, 1024), (1, 32768), (16, 1024), (16, 32768)]
+    for H, G, D in ((32, 8, 128), (32, 32, 128), (32, 32, 64)):
+        yield Case(
+            "decode_attention", make, ours, ref, lambda *inputs: plain(*inputs[5:]),
+            {"sdpa": lambda *inputs: plain(*inputs[5:]),  # over keys in order, rotated before: the least it could do
+             "concatenate, rotate, sdpa": lambda *inputs: plain(*in_order(*inputs[:5]))},
+            lambda which, element, B, N, H, G, D: 2 * B * N * G * D * element, "GB/s",
+            tiny=dict(B=2, N=70, H=2, G=2 if G == H else 1, D=D), small=dict(B=2, N=1000, H=H, G=G, D=D),
+            timed=[dict(B=B, N=N, H=H, G=G, D=D) for B, N in sizes], compiled=tiles,
+            variants={"no positions, lse": without_positions})
+
+
 def merge_cases():
     def make(device, dtype, B, T, H, D):  # partial results are float32
         return [randn(device, torch.float32, *size) for size in 2 * [(B, T, H, D), (B, H, T)]]
@@ -148,6 +198,20 @@ def merge_cases():
     yield Case("merge_attention", make, ours, plain, plain, {}, None, "GB/s", tiny=dict(B=2, T=33, H=3, D=40),
                small=dict(B=2, T=1000, H=7, D=128), timed=[],
                compiled=lambda arch: [(torch.float32, dict(B=1, T=64, H=4, D=D)) for D in (64, 128, 256)])
+
+
+def sink_logit_cases():
+    def make(device, dtype, B, T, H, D):
+        return [randn(device, dtype, B, T, H, D), randn(device, torch.float32, B, H, T), randn(device, torch.float32, H)]
+
+    def plain(out, lse, z):
+        return out * (lse - z[:, None]).sigmoid().transpose(1, 2)[..., None].to(out.dtype)
+
+    yield Case("apply_sink_logit", make, apply_sink_logit, plain, plain, {"torch": plain, "compile": inductor(plain)},
+               lambda which, element, B, T, H, D: (2 if which == "fwd" else 3) * B * T * H * D * element, "GB/s",
+               tiny=dict(B=2, T=33, H=3, D=40), small=dict(B=2, T=1000, H=7, D=128),
+               timed=[dict(B=4, T=4096, H=H, D=D) for H, D in ((32, 64), (16, 128))],
+               compiled=lambda arch: [(torch.bfloat16, dict(B=1, T=64, H=4, D=D)) for D in (64, 128, 256)])
 
 
 def rotate(x, cos, sin):
@@ -220,8 +284,9 @@ def loss_cases():
                variants={"none": functools.partial(linear_cross_entropy, reduction="none")})
 
 
-CASES = dict(attention=attention_cases, merge_attention=merge_cases, rope=rope_cases, rms_norm=rms_norm_cases,
-             swiglu=swiglu_cases, linear_cross_entropy=loss_cases)
+CASES = dict(attention=attention_cases, decode_attention=decode_cases, merge_attention=merge_cases,
+             apply_sink_logit=sink_logit_cases, rope=rope_cases, rms_norm=rms_norm_cases, swiglu=swiglu_cases,
+             linear_cross_entropy=loss_cases)
 
 
 def cases(kernels: tuple[str, ...]) -> list[Case]:
@@ -232,7 +297,7 @@ def cases(kernels: tuple[str, ...]) -> list[Case]:
 # the check
 
 def output_and_gradients(out, leaves, dout=None):
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+    return [out.detach(), *(torch.autograd.grad(out, leaves, dout) if leaves else ())]
 
 
 def disagreement(ours, plain, truth) -> str:
@@ -252,7 +317,7 @@ def check(case: Case, device: str, shape: dict, exact: torch.dtype = torch.float
     """What is wrong with the kernel, in bfloat16 on a GPU, float16 elsewhere, against `ref` in `exact`; or empty."""
     torch.manual_seed(0)
     inputs = case.make(device, torch.bfloat16 if device == "cuda" else torch.float16, **shape)
-    exactly = [x.detach().to(exact).requires_grad_() if x.requires_grad else x for x in inputs]
+    exactly = [x.detach().to(exact).requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
     dout, results = None, []
     for fn, given in ((case.ref, exactly), (case.plain, inputs), (case.ours, inputs)):
         out = fn(*given)
@@ -303,7 +368,9 @@ def time_passes(fn: Callable, inputs: list) -> tuple[torch.Tensor, dict]:
     dout = torch.randn_like(out)
     runs = {"fwd": lambda: torch.no_grad()(fn)(*inputs),
             "bwd": lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)}
-    if not out.dim():  # a loss may compute its gradients in either pass
+    if not leaves:
+        del runs["bwd"]
+    elif not out.dim():  # a loss may compute its gradients in either pass
         runs = {"fwd+bwd": lambda: torch.autograd.grad(fn(*inputs), leaves, dout)}
     measured = {}
     for which in runs:
@@ -362,7 +429,7 @@ def static_cases(arch: int | str, kernels: tuple[str, ...] = KERNELS) -> Iterato
                 def thunk(case=case, dtype=dtype, shape=shape, fn=fn):
                     inputs = case.make("cpu", dtype, **shape)
                     out = fn(*inputs)
-                    torch.autograd.grad(out, [x for x in inputs if x.requires_grad], torch.ones_like(out))
+                    output_and_gradients(out, [x for x in inputs if x.requires_grad], torch.ones_like(out))
 
                 yield case.kernel, f"{name_of(shape)} {str(dtype)[6:]} {variant}".strip(), thunk
 

@@ -75,7 +75,8 @@ class TestEveryKernel:
                 label = f"B1 T256 H2 G1 D{block_d} {'bfloat16' if element == 2 else 'float32'}{variant}"
                 assert names[label] == {f"_attention_{part}_kernel" for part in ("fwd", "dq", "dkdv")}, label
         assert {row["kernel"] for row in rows} == {
-            "attention", "merge_attention", "rope", "rms_norm", "swiglu", "linear_cross_entropy"}
+            "attention", "decode_attention", "merge_attention", "apply_sink_logit", "rope", "rms_norm", "swiglu",
+            "linear_cross_entropy"}
 
     def test_nothing_spills(self, rows):  # scalar float32 products: ptxas trades a few bytes for occupancy
         assert_all(rows, lambda row: row["spill"] == 0 or "float32" in row["label"] and row["spill"] <= 16)
@@ -95,6 +96,11 @@ class TestEveryKernel:
             assert_all(half, lambda row: row["mma"] == 0 or " D256 " in row["label"])
         if arch != "gfx":
             assert_all(half, lambda row: row["cp_async"] > 0)
+
+    def test_decoding_uses_the_matrix_and_copy_units(self, rows, arch):
+        half = [row for row in rows if row["name"] == "_decode_kernel" and "bfloat16" in row["label"]]
+        assert len(half) == 6  # three head dims, with and without positions
+        assert_all(half, lambda row: row["mma"] > 0 and (row["cp_async"] > 0 or arch == "gfx"))
 
 
 PROBE = '''
