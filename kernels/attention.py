@@ -111,11 +111,11 @@ def _scores(part, rows, alibi_slopes, q_docs, scale):
 
 
 def _row_blocks(parts):
-    """Slices of the rows: 2^23 scores at most, and few rows compared with a window, so that few scores are masked."""
+    """Slices of the rows: 2^23 scores at most; with a window few rows, so that most scores count and stay in the cache."""
     (B, Tq, H, _), n, keys = parts[0].q.shape, parts[0].q.shape[1], sum(part.k.shape[1] for part in parts)
     if parts[0].back is not None:
         window = parts[0].offset - parts[0].back
-        n = max(64, window // 2)
+        n = max(64, window // 16)
         keys = min(keys, n + window)
     n = max(1, min(n, 2**23 // max(1, B * H * keys)))
     return [slice(start, min(Tq, start + n)) for start in range(0, Tq if B else 0, n)]

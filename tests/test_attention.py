@@ -1,6 +1,7 @@
 """kernels/attention.py: the Triton kernels and the references against an independent dense formula in float64."""
 
 import random
+import sys
 
 import pytest
 import torch
@@ -145,6 +146,7 @@ def run(f, inputs, douts, **options):
 @pytest.mark.parametrize("seed", range(14))
 def test_random_draws(seed, dtype, backend, monkeypatch):
     monkeypatch.setenv("NANOLONG_KERNELS", backend)
+    monkeypatch.setattr(sys.modules["kernels.attention"], "SPLIT_BLOCKS", 1)  # several programs share the rows of a sink
     sizes, options, layout = draw_case(random.Random(seed))
     torch.manual_seed(seed)
     inputs = tensors(sizes, layout, dtype)
@@ -297,27 +299,27 @@ def test_streaming_llm(position, backend, monkeypatch):
 def test_keys_out_of_the_window_are_not_visited(backend, monkeypatch):
     """NaN in keys and values that no row sees, and in rows for the gradients of keys they do not see, goes unnoticed."""
     monkeypatch.setenv("NANOLONG_KERNELS", backend)
-    T, W, S = 200, 20, 3
-    inputs = tensors((1, T, T, S, 4, 2, 8), "contiguous", torch.float64)
-    douts = torch.randn_like(inputs[0]), torch.randn(1, 4, T, dtype=torch.float64)
+    T, W, S = 120, 10, 3
+    inputs = tensors((1, T, T, S, 2, 1, 8), "contiguous", torch.float64)
+    douts = torch.randn_like(inputs[0]), torch.randn(1, 2, T, dtype=torch.float64)
     expected = run(attention, inputs, douts, window=W, return_lse=True)
     q, k, v, *sinks = inputs
-    late = 100  # rows from here on see keys from 81 on; keys before 64 lie in other blocks
-    k_nan, v_nan = (x.clone().index_fill_(1, torch.arange(64), torch.nan) for x in (k, v))
+    late = 64  # rows from here on see keys from 55 on; keys before 48 lie in other blocks
+    k_nan, v_nan = (x.clone().index_fill_(1, torch.arange(48), torch.nan) for x in (k, v))
     actual = run(attention, [q[:, late:], k_nan, v_nan, sinks[0][:, late:], *sinks[1:]],
                  [douts[0][:, late:], douts[1][:, :, late:]], window=W, q_start=late, return_lse=True)
     for name in ("out", "dq", "dq_sink"):
         torch.testing.assert_close(actual[name], expected[name][:, late:], rtol=1e-10, atol=1e-12, msg=name)
-    assert (actual["dk"][:, :64] == 0).all() and actual["dk"].isfinite().all()
-    late = 192  # the rows from here on do not see keys before 173, which lie in other blocks
+    assert (actual["dk"][:, :48] == 0).all() and actual["dk"].isfinite().all()
+    late = 112  # rows from here on do not see the keys before 48, and lie in blocks of rows that do not either
     q_nan = q.clone().index_fill_(1, torch.arange(late, T), torch.nan)
     actual = run(attention, [q_nan, *inputs[1:]], douts, window=W, return_lse=True)
     for name in ("dk", "dv"):
-        torch.testing.assert_close(actual[name][:, :100], expected[name][:, :100], rtol=1e-10, atol=1e-12, msg=name)
+        torch.testing.assert_close(actual[name][:, :48], expected[name][:, :48], rtol=1e-10, atol=1e-12, msg=name)
 
 
 def test_reference_work_grows_with_the_window():
-    """Products over T = 4096 rows and W = 512 keys each, sinks included: at most 1.5 times those that count."""
+    """Products over T = 4096 rows and W = 512 keys each, sinks included: at most 1.25 times those that count."""
     T, W, H, D = 4096, 512, 2, 16
     q, k, v = (torch.randn(1, T, H, D) for _ in range(3))
     sinks, rest = (q, k[:, :4], v[:, :4]), (None, None, None, 0.25, True, W, 0, 0)
@@ -326,8 +328,8 @@ def test_reference_work_grows_with_the_window():
     with FlopCounterMode(display=False) as backward:
         _attention_bwd_ref(out, lse, q, k, v, *sinks, out, lse, *rest)
     useful = 4 * H * D * T * (W + 4)
-    assert useful < forward.get_total_flops() < 1.5 * useful
-    assert backward.get_total_flops() < 1.5 * 2.5 * useful
+    assert useful < forward.get_total_flops() < 1.25 * useful
+    assert backward.get_total_flops() < 1.25 * 2.5 * useful
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
