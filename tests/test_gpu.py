@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from helpers import assert_close_2x
 from test_attention import dense, run, same_maths
 from test_model import tiny
+from test_stream import fed_in
+from test_stream import tiny as streaming
 
 from kernels import attention, backend, linear_cross_entropy, merge_attention, rms_norm, rope, rope_frequencies, swiglu
 
@@ -171,3 +173,29 @@ def test_model():
         whole, state = model(idx)[0].float(), model.new_state(2)
         parts = torch.cat([model(part, state=state)[0] for part in idx.split([100, 1, 99], 1)], 1).float()
     assert (parts - whole).norm() < 0.02 * whole.norm()
+
+
+@on_gpu
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["rope", "partial rope", "alibi", "sink logit", "sink tokens", "hybrid"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=["float32", "bfloat16"])
+def test_stream(variant, dtype, tolerance):
+    """Token by token, through the decode kernel and past many evictions, and in chunks: the numbers of one pass."""
+    model, idx = streaming(variant, torch.float32).to(dtype), torch.randint(0, 61, (2, 130))
+    whole = model(idx)[0].float()
+    for sizes in ([1], [7, 1, 64, 1, 1]):
+        assert (fed_in(model, idx, sizes).float() - whole).norm() < tolerance * whole.norm()
+
+
+@on_gpu
+@pytest.mark.parametrize("variant", ["rope", "alibi", "sink logit"])
+def test_cuda_graphs_change_nothing(variant):
+    """Greedy tokens, and the state afterwards, with each step replayed from a graph and without; past evictions."""
+    model, prompt = streaming(variant, torch.float32), torch.randint(0, 61, (2, 5))
+    states = [model.new_state(2), model.new_state(2)]
+    assert model.can_graph(states[0])
+    tokens = [torch.stack(list(model.generate(prompt, 60, state, temperature=0, cuda_graphs=on)))
+              for on, state in zip((True, False), states)]
+    assert torch.equal(*tokens) and states[0].position == states[1].position == 64
+    for a, b in zip(states[0].layers, states[1].layers):
+        assert torch.equal(a.k, b.k) and torch.equal(a.v, b.v)
