@@ -1,20 +1,25 @@
 """
-Streaming generation without end, from a run that train.py wrote.
+Streaming generation without end, and chat, from a run that train.py wrote or from any pretrained model.
 
-    python sample.py                                       the latest run, from a document's start, until Ctrl-C
+    python sample.py                                       the latest run, or without one a small model of stories
     python sample.py quickstart --prompt "It was a dark"   a name under runs/, a run folder or a step folder
+    python sample.py --model EleutherAI/pythia-160m --window 1020 --sinks 4   a folder or hub id, at constant memory
+    python sample.py --model Qwen/Qwen2-0.5B-Instruct --chat --window 1020    each line of stdin is a turn
     python sample.py --prompt FILE:book.txt --top-k 50 --max-new-tokens 500
     cat book.txt | python sample.py --temperature 0        stdin is the prompt when it is a pipe or a file
     python sample.py --max-new-tokens 100 --json | jq -r .text
+    python sample.py --save-state s                        until Ctrl-C; then --load-state s goes on as if never ended
 
 Text goes to stdout as it comes: the prompt (but for --no-echo), then the continuation; all else goes to stderr. stdout
-is always valid UTF-8: a character waits for its last byte, and bytes that cannot become one show as U+FFFD. The end of
-a document (the tokenizer's eot) shows as a blank line, and the stream goes on. Ctrl-C and SIGTERM end it with a speed
-report and exit code 0, or 130 when they cut short what --max-new-tokens asked for; a user's mistake is one line and
-exit code 1 (2 for an unknown option).
+is always valid UTF-8: a character waits for its last byte, and bytes that cannot become one show as U+FFFD. Where a
+document ends or begins (the tokenizer's eot, its prefix) there is a blank line, and the stream goes on. Ctrl-C and
+SIGTERM end it with a speed report and exit code 0, or 130 when they cut short what --max-new-tokens asked for; in a
+chat Ctrl-C ends the reply, and at the prompt the chat. They wait for the step at hand; sent again, they do not, and no
+state is saved. A user's mistake is one line and exit code 1 (2 for an unknown option).
 """
 
 import codecs
+import hashlib
 import json
 import logging
 import math
@@ -22,20 +27,27 @@ import os
 import random
 import re
 import signal
-import stat
 import sys
 import time
-from dataclasses import dataclass
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
+from tqdm import tqdm
 
+from data.chat import Chat, converse, read_prompt
+from data.pretrained import _find_folder as find_folder
 from data.tokenizer import Tokenizer, load_tokenizer
 from kernels.backend import use_triton
-from model import GPT
-from train import TrainConfig, choose_place
+from model import GPT, State
+from train import TrainConfig, choose_place, fsync
+
+SHIPPED = Path(__file__).parent / "data/stories260k"
 
 
 @dataclass
@@ -45,33 +57,52 @@ class Options:
     # a run folder, a step folder, or a name under runs/
     run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(
         metavar="[RUN]", constructor=str, help_behavior_hint="(default: the run saved last)")] = None
+    model: str | None = None  # a pretrained model instead of a run: its folder or hub id
+    window: int | None = None  # every layer sees the last so many tokens, and the sinks: no end, constant memory
+    sinks: int | None = None  # the first tokens, never dropped; None: 4 with --window, else the model's own
     # text (--prompt=-x if it begins with a dash), FILE:path, or - for stdin; one newline at a file's end is dropped
     prompt: Annotated[str | None, tyro.conf.arg(
         metavar="TEXT", constructor=str, help_behavior_hint="(default: stdin if piped, or a document's start)")] = None
+    chat: bool = False  # a conversation by the model's chat template: --prompt, then each line of stdin, is a turn
+    system: str | None = None  # the chat's system message
     temperature: float = 1.0  # 0 takes the likeliest token each time
     top_k: int | None = None  # only the k likeliest tokens
     top_p: float | None = None  # only the likeliest tokens that together reach this probability
     min_p: float | None = None  # only tokens with this fraction of the likeliest one's probability
     seed: int | None = None  # the same seed gives the same text; None draws one and prints it
-    max_new_tokens: int | None = None  # None: until Ctrl-C
+    max_new_tokens: int | None = None  # None: until Ctrl-C; in a chat, of each reply
+    save_state: str | None = None  # a file to write at the end, whatever ends the stream
+    load_state: str | None = None  # such a file: the stream goes on as if it had never ended, after --prompt if given
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of cuda, mps, cpu that is there
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on capable CUDA, else float32
+    cuda_graphs: bool = True  # each step is one CUDA graph, where that works: on CUDA, every layer a window
     echo: bool = True  # print the prompt before its continuation
     json: bool = False  # one JSON object on stdout at the end instead of a stream; needs --max-new-tokens
 
 
 def check(opt: Options):
-    """SystemExit with one line for the first option that is out of its range."""
+    """SystemExit with one line for the first option that is out of its range or excludes another."""
     for name, fine, range_ in (("temperature", 0 <= opt.temperature < math.inf, "at least 0"),
                                ("top_k", opt.top_k is None or opt.top_k >= 1, "at least 1"),
                                ("top_p", opt.top_p is None or 0 < opt.top_p <= 1, "in (0, 1]"),
                                ("min_p", opt.min_p is None or 0 <= opt.min_p < 1, "in [0, 1)"),
                                ("seed", opt.seed is None or 0 <= opt.seed < 2**63, "in [0, 2^63)"),
+                               ("window", opt.window is None or opt.window >= 1, "at least 1"),
+                               ("sinks", opt.sinks is None or opt.sinks >= 0, "at least 0"),
                                ("max_new_tokens", opt.max_new_tokens is None or opt.max_new_tokens >= 1, "at least 1")):
         if not fine:
             raise SystemExit(f"--{name.replace('_', '-')} is {getattr(opt, name)}: it must be {range_}")
-    if opt.json and opt.max_new_tokens is None:
-        raise SystemExit("--json prints one object at the end, an endless stream has none: add --max-new-tokens 100")
+    for wrong, why in ((None not in (opt.run, opt.model), f"run {opt.run} and --model {opt.model}: give one of them"),
+                       (opt.chat and opt.json, "--chat writes replies as they come, --json one object: choose one"),
+                       (opt.chat and (opt.save_state or opt.load_state), "--save-state and --load-state hold a stream, "
+                        "not a conversation: leave them or --chat away"),
+                       (opt.system is not None and not opt.chat, "--system is the first message of a chat: add --chat"),
+                       (opt.json and opt.max_new_tokens is None, "--json prints one object at the end, an endless "
+                        "stream has none: add --max-new-tokens 100"),
+                       (opt.save_state and not Path(opt.save_state).absolute().parent.is_dir(),
+                        f"--save-state {opt.save_state}: there is no such folder")):
+        if wrong:
+            raise SystemExit(why)
 
 
 def say(*lines: str):
@@ -79,46 +110,7 @@ def say(*lines: str):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the prompt and the checkpoint
-
-
-def read_prompt(prompt: str | None) -> str | None:
-    """
-    The prompt's text: `prompt` itself, the file behind FILE:path, or stdin for "-" and, without a prompt, for a stdin
-    that is a pipe or a file (/dev/null is neither). None: no prompt at all. SystemExit when it is empty, unreadable or
-    not UTF-8.
-    """
-    if prompt is None:
-        mode = os.fstat(sys.stdin.fileno()).st_mode if sys.stdin else 0
-        if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISREG(mode)):
-            return None
-        say("prompt: reading stdin to its end (--prompt TEXT or < /dev/null leaves it alone)")
-        prompt = "-"
-    if prompt == "-" or prompt.startswith("FILE:"):
-        source = "stdin" if prompt == "-" else prompt.removeprefix("FILE:")
-        if prompt == "-" and sys.stdin is None:
-            raise SystemExit("cannot read the prompt from stdin: it is closed")
-        try:
-            raw = sys.stdin.buffer.read() if prompt == "-" else Path(source).read_bytes()
-        except OSError as e:
-            raise SystemExit(f"cannot read the prompt from {source}: {e.strerror}") from None
-        try:
-            text = raw.decode().removeprefix("\ufeff")  # Windows' editors put a byte-order mark first
-        except UnicodeDecodeError as e:
-            raise SystemExit(f"the prompt from {source} is not UTF-8: byte 0x{raw[e.start]:02x} at offset {e.start} of "
-                             f"{len(raw)}; if it is Latin-1: iconv -f latin1 -t utf-8") from None
-        text = re.sub(r"\r?\n\Z", "", text)
-    else:
-        source, text = "--prompt", prompt
-        try:
-            text.encode()
-        except UnicodeEncodeError as e:  # Python carries the undecodable bytes of an argument as lone surrogates
-            offset = len(text[:e.start].encode())
-            raise SystemExit(f"the prompt from --prompt is not UTF-8: see the byte at offset {offset}") from None
-    if not text:
-        raise SystemExit(f"the prompt from {source} is empty: to begin at a document's start leave --prompt away "
-                         "(and in a script add < /dev/null)")
-    return text
+# the model
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -126,41 +118,58 @@ def is_checkpoint(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
 
 
-def find_checkpoint(run: str | None, runs: Path = Path("runs")) -> Path:
+def find_checkpoint(run: str | None, runs: Path = Path("runs")) -> Path | None:
     """
     The folder to load: `run` or `runs`/`run` if it is one, else its last complete step, or without `run` that of the
-    run saved last. SystemExit naming the runs there are and the command that trains one.
+    run saved last, None if there is none. SystemExit naming the runs there are and the command that trains one.
     """
     def last_step(folder: Path) -> Path | None:  # one still being written is called .tmp_step_*
         steps = filter(is_checkpoint, folder.glob("step_*"))
         return max(steps, key=lambda step: (len(step.name), step.name), default=None)
 
     there = {folder.name: step for folder in sorted(runs.glob("*")) if (step := last_step(folder))}
-    if run is None and there:
-        return max(there.values(), key=lambda step: (step / "model.safetensors").stat().st_mtime)
-    folders = [] if run is None else [folder for folder in (Path(run), runs / run) if folder.is_dir()]
+    if run is None:
+        return max(there.values(), key=lambda step: (step / "model.safetensors").stat().st_mtime, default=None)
+    folders = [folder for folder in (Path(run), runs / run) if folder.is_dir()]
     for folder in folders:
         if found := folder if is_checkpoint(folder) else last_step(folder):
             return found
-    wrong = f"{folders[0]} holds no complete checkpoint" if folders else f"no such run: {run or f'none in {runs}/'}"
+    wrong = f"{folders[0]} holds no complete checkpoint" if folders else f"no such run: {run}"
     known = " ".join(f"{name} ({step.name})" for name, step in there.items()) or "none"
     raise SystemExit(f"{wrong}; runs with checkpoints: {known}; to train one: python train.py")
 
 
-def load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
-    """The model, its weights in `dtype`, and its tokenizer. SystemExit, one line, if a file is wrong or cut short."""
+def choose_model(opt: Options) -> tuple[str, dict]:
+    """-> the folder or hub id to load, the fields of its GPTConfig to replace. Says so if it is the shipped model."""
+    fields = {} if opt.window is None else {"attention": "window", "window": opt.window, "sinks": 4}
+    name = opt.model if opt.model is not None else find_checkpoint(opt.run)
+    if name is None:
+        say(f"no run in runs/: streaming from {SHIPPED}, 260K parameters that tell stories; to train one: "
+            "python train.py config/quickstart.py")
+        name, fields = SHIPPED, fields or {"attention": "window", "window": 508, "sinks": 4}
+    return str(name), fields | ({} if opt.sinks is None else {"sinks": opt.sinks})
+
+
+def load(name: str, fields: dict, opt: Options) -> tuple[GPT, Tokenizer, Chat | None]:
+    """The model, its tokenizer, and the chat if wanted. SystemExit, one line, if a file is wrong or cut short."""
     try:
-        model = GPT.from_pretrained(str(folder))
-        name = json.loads((folder / "config.json").read_text()).get("tokenizer")
-        if name is None:
+        folder = find_folder(name)
+        model = GPT.from_pretrained(str(folder), **fields)
+        if "sinks" in fields and "window" not in model.config.attention:
+            raise ValueError(f"--sinks {fields['sinks']} belong to a window, and its attention is full: add --window "
+                             f"{max(1, model.config.block_size - fields['sinks'])}")
+        given = json.loads((folder / "config.json").read_text()).get("tokenizer")
+        given = folder if given is None and (folder / "tokenizer.json").is_file() else given
+        if given is None:
             raise ValueError('config.json names no tokenizer: add "tokenizer": "byte", "gpt2" or a tokenizer.json')
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(given)
         if tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(f"tokenizer {name} has {tokenizer.vocab_size} ids, the model's vocab_size is "
+            raise ValueError(f"tokenizer {given} has {tokenizer.vocab_size} ids, the model's vocab_size is "
                              f"{model.config.vocab_size}: config.json must name the tokenizer it was trained with")
+        chat = Chat(tokenizer, opt.system) if opt.chat else None
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:  # JSON of other types than it should be
-        raise SystemExit(f"cannot load {folder}: {' '.join(str(e).split())}") from None
-    return model.to(device, dtype).eval(), tokenizer
+        raise SystemExit(f"cannot load {name}: {' '.join(str(e).split())}") from None
+    return model.eval(), tokenizer, chat
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -177,35 +186,119 @@ def write(text: str):
         raise SystemExit(0 if isinstance(e, BrokenPipeError) else f"cannot write to stdout: {e.strerror}") from None
 
 
-def stream(model: GPT, tokenizer: Tokenizer, ids: list[int], opt: Options, state, emit) -> dict:
+@contextmanager
+def signals():
     """
-    Continues `ids`; emit(token, text) gets each new id at once with the text that is whole by then, at last (None, the
-    rest).
-    -> new_tokens, prompt_tok_per_s and tok_per_s (None: too few tokens to tell), stopped (a signal came before the
-    end).
+    Yields a dict, to which SIGINT and SIGTERM are added: the stream ends between two steps, when its state is whole.
+    One that comes over a second after the first raises KeyboardInterrupt; earlier it is the same, sent twice by a
+    wrapper.
     """
-    n, stopped, warned, begin = 0, False, "full" not in model.config.attention, time.perf_counter()
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    prompt = torch.tensor([ids], device=model.wte.weight.device)
+    asked = {}
+
+    def ask(number, frame):
+        if asked and time.monotonic() - min(asked.values()) > 1:
+            raise KeyboardInterrupt
+        asked.setdefault(number, time.monotonic())
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)
+              if signal.getsignal(number) != signal.SIG_IGN}  # as nohup has it
     try:
-        for token in model.generate(prompt, opt.max_new_tokens, state, temperature=opt.temperature, top_k=opt.top_k,
-                                    top_p=opt.top_p, min_p=opt.min_p, vocab_size=tokenizer.vocab_size, seed=opt.seed):
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Stream:
+    """What a stream goes on from, all of which a file can hold, and what it did since the program began."""
+
+    state: State
+    generator: torch.Generator
+    model: torch.Tensor  # its fingerprint
+    pending: list[int] = field(default_factory=list)  # ids that the state has not seen: the last one drawn
+    decoder: codecs.IncrementalDecoder = field(default_factory=partial(codecs.getincrementaldecoder("utf-8"), "replace"))
+    asked: dict = field(default_factory=dict)  # the signals that ended it
+    warned: bool = False
+    took: Counter = field(default_factory=Counter)  # tokens and seconds
+
+    def save(self, path: str):
+        """Writes `path`, aside and then renamed: it is the older one or the new one, whatever happens. SystemExit."""
+        extra = dict(model=self.model, generator=self.generator.get_state(), pending=torch.tensor(self.pending),
+                     utf8=torch.tensor(list(self.decoder.getstate()[0]), dtype=torch.uint8))
+        aside = Path(f"{path}.tmp")
+        try:
+            self.state.save(str(aside), extra)
+            fsync(aside)
+            os.replace(aside, path)
+        except Exception as e:  # for a full disk safetensors has an exception of its own
+            aside.unlink(missing_ok=True)
+            raise SystemExit(f"cannot write {path}: {e}") from None
+        say(f"saved: {path} (--load-state {path} goes on from here)")
+
+    def load(self, path: str, draws: bool):
+        """Goes on from what `save` wrote, with its draws too if `draws`. SystemExit if it is of another model."""
+        try:
+            extra = self.state.load(path)
+            if not torch.equal(extra["model"], self.model):
+                raise ValueError(f"{path} is a state of another model: load it with the one that it comes from")
+            if draws:
+                self.generator.set_state(extra["generator"])
+            self.pending = extra["pending"].tolist()
+            self.decoder.setstate((bytes(extra["utf8"].tolist()), 0))
+        except (KeyError, RuntimeError, ValueError) as e:
+            why = {KeyError: f"{path} was not written by --save-state",
+                   RuntimeError: f"the draws of {path} come from another kind of device: add --seed for new ones"}
+            raise SystemExit(why.get(type(e), str(e))) from None
+
+
+def fingerprint(model: GPT) -> torch.Tensor:
+    """(32,) uint8: SHA-256 of the GPTConfig and of 64 to 127 elements, evenly spread, of each weight."""
+    digest = hashlib.sha256(json.dumps(asdict(model.config)).encode())
+    for p in model.parameters():
+        digest.update(p.detach().flatten()[::max(1, p.numel() // 64)].float().numpy().tobytes())
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
+@torch.no_grad()
+def stream(model: GPT, tokenizer: Tokenizer, ids: list[int], opt: Options, s: Stream, emit, stop=frozenset()):
+    """
+    Goes on with `ids`; emit(token, text) gets each new id at once with the text that is whole by then, at last (None,
+    the rest). Ends at a signal, --max-new-tokens or an id of `stop`, which is not emitted.
+    """
+    n, begin, start, c = 0, time.perf_counter(), s.state.position, model.config
+    ends = () if stop else {*tokenizer.stop, *tokenizer.prefix}
+    s.pending = ids
+    *chunks, chunk = torch.tensor([ids], device=model.wte.weight.device).split(1024, dim=1)
+    with signals() as s.asked:
+        for early in tqdm(chunks, "prompt", unit="Ki", leave=False, disable=None if len(chunks) > 3 else True):
+            if not s.asked:
+                model.hidden(early, state=s.state)
+                s.pending = s.pending[1024:]
+        for token in () if s.asked else model.generate(
+                chunk, opt.max_new_tokens, s.state, temperature=opt.temperature, top_k=opt.top_k, top_p=opt.top_p,
+                min_p=opt.min_p, vocab_size=tokenizer.vocab_size, generator=s.generator, cuda_graphs=opt.cuda_graphs):
             token = token.item()  # waits for the GPU, so that the clock is right
             last = time.perf_counter()
             first = last if n == 0 else first
             n += 1
-            ended = token == tokenizer.eot
-            text = decoder.decode(b"" if ended else tokenizer.decode([token]), final=ended)
+            s.pending = [] if token in stop else [token]
+            if token in stop:
+                break
+            ended = token in ends
+            text = s.decoder.decode(b"" if ended else tokenizer.decode([token]), final=ended)
             emit(token, text + "\n\n" if ended else text)
-            if not warned and len(ids) + n > model.config.block_size:
-                warned = True
-                say(f"\nwarning: {len(ids) + n} tokens, trained on block_size {model.config.block_size}: with full "
-                    "attention the text gets worse from here on, and the state keeps growing")
-    except KeyboardInterrupt:
-        stopped = True
-    emit(None, decoder.decode(b"", final=True))
-    return {"new_tokens": n, "prompt_tok_per_s": len(ids) / (first - begin) if n else None,
-            "tok_per_s": (n - 1) / (last - first) if n > 1 else None, "stopped": stopped}
+            if "full" in c.attention and start + len(ids) + n > c.block_size and not s.warned:
+                s.warned = True
+                say(f"\nwarning: {start + len(ids) + n} tokens, trained on block_size {c.block_size}: with full "
+                    "attention the text gets worse from here on, and the state keeps growing; without end and at "
+                    f"constant memory: --window {max(1, c.block_size - 4)} --sinks 4")
+            if s.asked:
+                break
+    s.took.update(prompt_tokens=len(ids), new_tokens=n)
+    if n:
+        s.took.update(prompt_seconds=first - begin, timed_tokens=n - 1, timed_seconds=last - first)
+    emit(None, "" if opt.save_state else s.decoder.decode(b"", final=True))  # a saved stream may complete the character
 
 
 def size(nbytes: int) -> str:
@@ -224,12 +317,23 @@ def peak_memory(device: torch.device) -> str:
     return size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 
 
+def about_state(model: GPT, state: State) -> str:
+    """The state's size, and what of it grows with the text."""
+    c, full = model.config, model.config.layer_kinds.count("full")
+    constant = f"window {c.window} + {c.sinks} sinks"
+    if not full:
+        return f"{size(state.nbytes)}, constant ({constant})"
+    grows = 2 * full * c.n_kv_head * c.head_dim * state.layers[0].k.itemsize  # bytes: a key and a value per layer
+    rest = "" if full == c.n_layer else f" in {full} of {c.n_layer} layers, the others are constant ({constant})"
+    return f"{size(state.nbytes)} now, {size(grows)} per token: attention {c.attention} keeps every key and value{rest}"
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line (argv: without the program's name) -> exit code. SystemExit, one line, for a user's mistake."""
     opt = tyro.cli(Options, prog="sample.py", args=argv)
     check(opt)
-    folder = find_checkpoint(opt.run)
-    prompt = read_prompt(opt.prompt)
+    name, fields = choose_model(opt)
+    prompt = read_prompt(opt.prompt) if opt.prompt is not None or not opt.chat else None
     sys.stdout.reconfigure(encoding="utf-8")
     logging.basicConfig(format="%(message)s")  # to stderr
     logging.getLogger("nanolong").setLevel(logging.INFO)
@@ -238,37 +342,69 @@ def main(argv: list[str] | None = None) -> int:
         use_triton(torch.empty(0, dtype=place.dtype, device=place.device))  # logs the backend before the text begins
     except ValueError as e:
         raise SystemExit(str(e)) from None
-    model, tokenizer = load(folder, place.device, place.dtype)
-    ids = [tokenizer.eot] if prompt is None else tokenizer.encode(prompt)
+    model, tokenizer, chat = load(name, fields, opt)
+    mark = fingerprint(model)  # of the weights as the file has them
+    model.to(place.device, place.dtype)
+    seed = random.SystemRandom().getrandbits(32) if opt.seed is None else opt.seed
     seed_why = "drawn: --seed repeats it" if opt.seed is None else "--seed"
-    opt.seed = random.SystemRandom().getrandbits(32) if opt.seed is None else opt.seed
+    s = Stream(model.new_state(1), torch.Generator(place.device).manual_seed(seed), mark)
+    if opt.load_state:
+        s.load(opt.load_state, draws=opt.seed is None)
+        seed, seed_why = (None, "the saved draws go on") if opt.seed is None else (seed, seed_why)
+    ids = (s.pending or tokenizer.prefix) + ([] if prompt is None else tokenizer.encode(prompt)) or [tokenizer.eot]
     dtype_why = "auto: bfloat16 if CUDA computes in it, else float32" if opt.dtype == "auto" else f"--dtype {opt.dtype}"
-    state, c = model.new_state(1), model.config
-    grows = 2 * c.n_layer * c.n_kv_head * c.head_dim * place.dtype.itemsize  # bytes: a key and a value per layer
-    say(f"model: {folder}, {model.num_params() / 1e6:.2f}M parameters, block_size {c.block_size}, "
+    graphs = opt.cuda_graphs and model.can_graph(s.state)
+    graphs_why = "they need CUDA and a window in every layer" if opt.cuda_graphs else "--no-cuda-graphs"
+    say(f"model: {name}, {model.num_params() / 1e6:.2f}M parameters, block_size {model.config.block_size}, "
         f"tokenizer {tokenizer.name}",
-        place.reasons[0], f"dtype: {str(place.dtype)[6:]} ({dtype_why})", f"seed: {opt.seed} ({seed_why})",
-        f"state: {size(state.nbytes)} now, {size(grows)} per token: attention {c.attention} keeps every key and value")
+        place.reasons[0], f"dtype: {str(place.dtype)[6:]} ({dtype_why})",
+        "cuda graphs: " + ("on (CUDA, and a window in every layer)" if graphs else f"off ({graphs_why})"),
+        f"seed: {seed} ({seed_why})", f"state: {about_state(model, s.state)}")
 
-    default_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, a KeyboardInterrupt
+    tokens, texts = [], []
+
+    def emit(token, text):
+        if opt.json:
+            tokens.append(token)
+            texts.append(text)
+        else:
+            write(text)
+
+    def answer(ids):
+        reply = []
+        stream(model, tokenizer, s.pending + ids, opt, s, lambda _, text: (reply.append(text), write(text)), chat.stop)
+        write("\n")
+        return "".join(reply), signal.SIGTERM not in s.asked
+
+    try:
+        if chat:
+            converse(chat, prompt, answer)
+        else:
+            cut = s.decoder.decode(b"", final=True) if prompt else ""  # a character that --load-state was amid
+            emit(None, cut + (prompt if prompt and opt.echo and not opt.json else ""))
+            stream(model, tokenizer, ids, opt, s, emit)
+        if not opt.json:
+            say("")  # the text may end in the middle of a line
+    except SystemExit:  # the reader has gone
+        if opt.save_state:
+            s.save(opt.save_state)
+        raise
+    if opt.save_state:
+        s.save(opt.save_state)
+    rates = [s.took[name + "_tokens"] / s.took[name + "_seconds"] if s.took[name + "_seconds"] else None
+             for name in ("prompt", "timed")]
     if opt.json:
-        tokens, texts = [], []
-        stats = stream(model, tokenizer, ids, opt, state, lambda new, text: (tokens.append(new), texts.append(text)))
-        step = re.fullmatch(r"step_(\d+)", folder.resolve().name)
-        result = {"prompt": prompt or "", "text": "".join(texts), "tokens": tokens[:-1], "seed": opt.seed,
-                  "prompt_tokens": len(ids), **stats, "state_bytes": state.nbytes, "model": str(folder),
+        step = re.fullmatch(r"step_(\d+)", Path(name).resolve().name)
+        result = {"prompt": prompt or "", "text": "".join(texts), "tokens": tokens[1:-1], "seed": seed,
+                  "prompt_tokens": len(ids), "new_tokens": s.took["new_tokens"], "prompt_tok_per_s": rates[0],
+                  "tok_per_s": rates[1], "stopped": bool(s.asked), "state_bytes": s.state.nbytes, "model": name,
                   "step": int(step[1]) if step else None}
         write(json.dumps(result, ensure_ascii=False) + "\n")
-    else:
-        write(prompt if prompt and opt.echo else "")
-        stats = stream(model, tokenizer, ids, opt, state, lambda token, text: write(text))
-        say("")  # the text may end in the middle of a line
-    signal.signal(signal.SIGTERM, default_handler)
-    rates = stats["prompt_tok_per_s"], stats["tok_per_s"]
     speeds = [f"{rate:.1f} tok/s" if rate else "too few to time" for rate in rates]
-    say(f"prompt: {len(ids)} tokens, {speeds[0]}", f"generated: {stats['new_tokens']} tokens, {speeds[1]}",
-        f"memory: peak {peak_memory(place.device)}, state {size(state.nbytes)} after {state.position} tokens")
-    return 130 if stats["stopped"] and opt.max_new_tokens else 0
+    say(f"prompt: {s.took['prompt_tokens']} tokens, {speeds[0]}",
+        f"generated: {s.took['new_tokens']} tokens, {speeds[1]}",
+        f"memory: peak {peak_memory(place.device)}, state {size(s.state.nbytes)} after {s.state.position} tokens")
+    return 130 if s.asked and opt.max_new_tokens and not chat else 0
 
 
 if __name__ == "__main__":

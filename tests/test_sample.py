@@ -1,4 +1,4 @@
-"""sample.py: what goes to stdout and stderr, how a stream ends, which checkpoint is loaded, what a mistake prints."""
+"""sample.py: what goes to stdout and stderr, how a stream ends and goes on, which model it loads, what mistakes print."""
 
 import json
 import os
@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+import model as model_py
 import sample
 from data.tokenizer import load_tokenizer
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, State
 
 EOT = 256
 TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=64)
@@ -58,6 +61,15 @@ def script(monkeypatch):
             then()
         monkeypatch.setattr(GPT, "generate", generate)
     return script
+
+
+@pytest.fixture
+def draw(monkeypatch):
+    """draw(ids) makes the model draw these ids, one after the other, whatever it computes."""
+    def draw(ids):
+        ids = iter(ids)
+        monkeypatch.setattr(model_py, "sample_token", lambda logits, *rest: torch.tensor([next(ids)]))
+    return draw
 
 
 def mistake(*argv) -> str:
@@ -176,6 +188,7 @@ def test_one_warning_past_the_block_size(call, n_prompt, n_new, warnings):
     code, _, err = call("--prompt", "x" * n_prompt, "--max-new-tokens", str(n_new))
     assert code == 0 and err.count("warning:") == warnings
     assert warnings == 0 or f"{max(65, n_prompt + 1)} tokens, trained on block_size 64" in err
+    assert warnings == 0 or "--window 60 --sinks 4\n" in err
 
 
 def test_dtype_is_what_was_asked_for(call, monkeypatch):
@@ -348,6 +361,21 @@ def test_a_prompt_file_that_cannot_be_read():
     (["--seed", "-1"], "--seed is -1"), (["--seed", str(2**63)], f"--seed is {2**63}"),
     (["--max-new-tokens", "0"], "--max-new-tokens is 0: it must be at least 1"),
     (["--json"], "add --max-new-tokens 100"),
+    (["--window", "0"], "--window is 0: it must be at least 1"),
+    (["--sinks", "-1"], "--sinks is -1: it must be at least 0"),
+    (["tiny", "--model", "x"], "run tiny and --model x: give one of them"),
+    (["--chat", "--json", "--max-new-tokens", "3"], "--chat writes replies as they come, --json one object"),
+    (["--chat", "--save-state", "s"], "leave them or --chat away"),
+    (["--chat", "--load-state", "s"], "not a conversation"),
+    (["--system", "x"], "--system is the first message of a chat: add --chat"),
+    (["--save-state", "none/s"], "--save-state none/s: there is no such folder"),
+    (["--model", "none/of/these"], "cannot load none/of/these: "),
+    (["--model", "gone"], "cannot load gone: gone: no such folder"),
+    (["--window", "61"], "sinks 4 + window 61 is more than block_size 64"),
+    (["--window", "60", "--sinks", "5"], "sinks 5 + window 60 is more than block_size 64"),
+    (["--sinks", "2"], "--sinks 2 belong to a window, and its attention is full: add --window 62"),
+    (["--chat"], "cannot load runs/tiny/step_0000010: "),
+    (["--load-state", "none"], "none cannot be read as a saved state"),
 ])
 def test_an_option_out_of_range(argv, words):
     assert words in mistake(*argv)
@@ -409,8 +437,6 @@ def test_no_such_run_names_what_there_is(run):
                     "to train one: python train.py")
     (run / "step_0000010/config.json").unlink()
     assert mistake("tiny").startswith("runs/tiny holds no complete checkpoint; runs with checkpoints: other (")
-    shutil.rmtree("runs")
-    assert mistake() == "no such run: none in runs/; runs with checkpoints: none; to train one: python train.py"
 
 
 @pytest.mark.parametrize("name, keep", [("model.safetensors", 0.5), ("model.safetensors", 0), ("config.json", 0.5),
@@ -429,11 +455,265 @@ def test_a_checkpoint_cut_short(run, name, keep):
     ({"tokenizer": None}, "config.json names no tokenizer"),
     ({"tokenizer": 3}, "not int"),
     ({"tokenizer": "gpt2"}, "tokenizer gpt2 has 50257 ids, the model's vocab_size is 320"),
-    ({"n_layer": 3}, "does not fit its config.json"),
-    ({"vocab_size": 257}, "does not fit its config.json"),
+    ({"n_layer": 3}, "fit its config.json: "),
+    ({"vocab_size": 257}, "fit its config.json: wte.weight is (320, 32)"),
     ({"attention": "half"}, "attention is 'half'"),
 ])
 def test_a_wrong_config(run, change, words):
     path = run / "step_0000010/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert words in mistake()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pretrained models, windows
+
+
+def change(run: Path, **fields):
+    path = run / "step_0000010/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_nothing_trained_streams_the_shipped_model(call):
+    shutil.rmtree("runs")
+    code, out, err = call("--max-new-tokens", "600", "--seed", "1")
+    assert code == 0 and len(out) > 1000 and "warning" not in err
+    assert "no run in runs/: streaming from" in err and "to train one: python train.py" in err
+    assert "constant (window 508 + 4 sinks)" in err and err.count("no run in runs/") == 1
+    assert "constant (window 100 + 4 sinks)" in call("--window", "100", "--max-new-tokens", "3")[2]
+    assert "constant (window 508 + 2 sinks)" in call("--sinks", "2", "--max-new-tokens", "3")[2]
+
+
+def test_any_models_folder(call, run):
+    greedy = ["--temperature", "0", "--max-new-tokens", "9"]
+    one, other = (result(call, *where, *greedy) for where in ([], ["--model", "runs/tiny/step_0000010"]))
+    assert one["tokens"] == other["tokens"] and other["model"] == "runs/tiny/step_0000010"
+    text = result(call, "--model", str(sample.SHIPPED), *greedy[:2], "--max-new-tokens", "20")["text"]
+    assert text.startswith(" Once upon a time, there was a little girl")
+
+
+@pytest.mark.parametrize("argv, sinks", [([], 4), (["--sinks", "0"], 0), (["--sinks", "9"], 9)])
+def test_a_window_streams_without_end_at_constant_memory(call, checkpoint, argv, sinks):
+    model = GPT.from_pretrained(str(checkpoint), attention="window", window=20, sinks=sinks)
+    r = result(call, "--window", "20", *argv, "--prompt", "ab", "--temperature", "0", "--max-new-tokens", "150")
+    seen = torch.tensor([[*b"ab", *r["tokens"][:-1]]])
+    assert r["tokens"] == model(seen)[0][0, 1:, :257].argmax(-1).tolist()
+    _, _, err = call("--window", "20", *argv, "--max-new-tokens", "150")
+    before, after = (line.split("state")[1].split("KiB")[0] for line in err.splitlines() if "state" in line)
+    assert before.removeprefix(":") == after and f"KiB, constant (window 20 + {sinks} sinks)" in err
+    assert "warning" not in err and r["state_bytes"] == model.new_state(1).nbytes
+
+
+def test_sinks_alone_for_a_model_of_windows(call, run):
+    change(run, attention="window", window=20, sinks=1)
+    assert "constant (window 20 + 1 sinks)" in call("--max-new-tokens", "3")[2]
+    assert "constant (window 20 + 7 sinks)" in call("--max-new-tokens", "3", "--sinks", "7")[2]
+    assert "constant (window 30 + 4 sinks)" in call("--max-new-tokens", "3", "--window", "30")[2]
+
+
+def test_a_hybrid_announces_both_parts(call, run):
+    change(run, attention="window,full", window=20, sinks=1)
+    err = call("--max-new-tokens", "3")[2]
+    assert ("256 B per token: attention window,full keeps every key and value in 1 of 2 layers, the others are "
+            "constant (window 20 + 1 sinks)") in err
+    assert call("--max-new-tokens", "70")[2].count("warning:") == 1
+
+
+def test_cuda_graphs_are_told_about(call):
+    if not torch.cuda.is_available():
+        assert "cuda graphs: off (they need CUDA and a window in every layer)" in call("--max-new-tokens", "3")[2]
+    assert "cuda graphs: off (--no-cuda-graphs)" in call("--max-new-tokens", "3", "--no-cuda-graphs")[2]
+
+
+def test_cuda_graphs_reach_the_model(call, monkeypatch):
+    wanted = []
+    monkeypatch.setattr(GPT, "generate", lambda self, *args, cuda_graphs, **options: wanted.append(cuda_graphs) or [])
+    call(), call("--no-cuda-graphs")
+    assert wanted == [True, False]
+
+
+def test_a_long_prompt_is_fed_as_generate_feeds_it(call, checkpoint):
+    ids = list(range(32, 126)) * 60  # 5640 tokens: 5 chunks of 1024 and a rest
+    model = GPT.from_pretrained(str(checkpoint), attention="window", window=20, sinks=4)
+    r = result(call, "--prompt", bytes(ids).decode(), "--window", "20", "--temperature", "0", "--max-new-tokens", "8")
+    assert r["prompt_tokens"] == 5640
+    assert r["tokens"] == [t.item() for t in model.generate(torch.tensor([ids]), 8, temperature=0, vocab_size=257)]
+
+
+def test_the_prefix_begins_a_text_once(call, run, draw):
+    tokenizers = pytest.importorskip("tokenizers")
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE({"<s>": 0, "</s>": 1, "a": 2, "b": 3}, [], ignore_merges=True))
+    hf.add_special_tokens(["<s>", "</s>"])
+    hf.decoder = tokenizers.decoders.ByteLevel()
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    hf.save("tokenizer.json")
+    change(run, tokenizer="tokenizer.json")
+    model = GPT.from_pretrained("runs/tiny/step_0000010")
+    for prompt, ids in (([], [0]), (["--prompt", "ab"], [0, 2, 3])):
+        want = [t.item() for t in model.generate(torch.tensor([ids]), 6, temperature=0, vocab_size=4)]
+        for new in range(1, 6):  # whatever the break: the prefix is not put in the middle
+            first = result(call, *prompt, "--temperature", "0", "--max-new-tokens", str(new), "--save-state", "s")
+            assert first["prompt_tokens"] == len(ids)
+            rest = result(call, "--temperature", "0", "--max-new-tokens", str(6 - new), "--load-state", "s")
+            assert first["tokens"] + rest["tokens"] == want
+    draw([2, 1, 3, 0, 2, 0])
+    assert call("--max-new-tokens", "5")[1] == "a\n\nb\n\na"  # another document
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a saved state goes on as if there had been no break
+
+
+@pytest.mark.parametrize("how", [["--temperature", "0"], ["--seed", "5"], ["--seed", "5", "--top-p", "0.8"]])
+@pytest.mark.parametrize("attention", [[], ["--window", "20"], ["--window", "20", "--sinks", "0"]])
+def test_a_broken_stream_is_the_unbroken_one(call, attention, how):
+    argv, draws = [*attention, *how], [x for x in how if x not in ("--seed", "5")]
+    whole = call(*argv, "--prompt", "ab", "--max-new-tokens", "120")[1]
+    out, load = call(*argv, "--prompt", "ab", "--max-new-tokens", "7", "--save-state", "a")[1], "a"
+    for new, save in (("1", "b"), ("60", "b"), ("52", "c")):  # b is written over itself
+        code, more, err = call(*attention, *draws, "--max-new-tokens", new, "--load-state", load, "--save-state", save)
+        assert code == 0 and f"saved: {save} (--load-state {save} goes on from here)" in err
+        out, load = out + more, save
+    whole_tokens = result(call, *argv, "--prompt", "ab", "--max-new-tokens", "120", "--save-state", "d")["text"]
+    assert out == "ab" + whole_tokens and whole.startswith(out)
+    assert "seed: None (the saved draws go on)" in err and not list(Path(".").glob("*.tmp"))
+    broken, unbroken = load_file("c"), load_file("d")
+    assert broken.keys() == unbroken.keys()
+    for name in broken.keys() - ({"extra.generator"} if "--seed" not in how else set()):
+        assert torch.equal(broken[name], unbroken[name]), name  # bit for bit
+
+
+@pytest.mark.parametrize("sig, attention", [(signal.SIGTERM, ["--window", "20"]), (signal.SIGINT, [])])
+def test_a_killed_process_goes_on(call, sig, attention):
+    p = start(*attention, "--seed", "3", "--prompt", "ab", "--save-state", "s", stdin=subprocess.DEVNULL)
+    begin = os.read(p.stdout.fileno(), 60)
+    while len(begin) < 60 and (more := os.read(p.stdout.fileno(), 60)):
+        begin += more
+    p.send_signal(sig)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 0 and "saved: s" in err.decode(), err
+    made = int(err.decode().split("generated: ")[1].split()[0])
+    rest = call(*attention, "--max-new-tokens", "90", "--load-state", "s")[1]
+    whole = call(*attention, "--seed", "3", "--prompt", "ab", "--max-new-tokens", str(made + 90))[1]
+    assert (begin + out).decode() + rest == whole and made > 20
+
+
+def test_a_character_that_the_break_cuts_is_written_whole(call, draw):
+    draw([0x61, 0xE2, 0x82, 0xAC, 0x62, 0xE2, 0x63, 0x64])
+    assert call("--max-new-tokens", "2", "--save-state", "s")[1] == "a"
+    assert call("--max-new-tokens", "1", "--load-state", "s", "--save-state", "s")[1] == ""
+    assert call("--max-new-tokens", "3", "--load-state", "s", "--save-state", "s")[1] == "\u20acb"
+    shutil.copy("s", "t")
+    assert call("--max-new-tokens", "1", "--load-state", "s", "--prompt", "x")[1] == "\ufffdxc"  # the prompt ends it
+    assert call("--max-new-tokens", "1", "--load-state", "t")[1] == "\ufffdd"
+
+
+def test_a_prompt_is_appended_to_a_state(call, checkpoint):
+    ids = list(b"ab")
+    for argv in (["--prompt", "ab"], ["--prompt", "cd", "--load-state", "s"], ["--prompt", "ef", "--load-state", "s"]):
+        ids += b"" if argv[1] == "ab" else argv[1].encode()
+        r = result(call, *argv, "--temperature", "0", "--max-new-tokens", "5", "--save-state", "s")
+        model = GPT.from_pretrained(str(checkpoint))
+        assert r["tokens"] == [t.item() for t in model.generate(torch.tensor([ids]), 5, temperature=0, vocab_size=257)]
+        ids += r["tokens"]
+
+
+def test_a_seed_starts_new_draws(call):
+    call("--seed", "1", "--max-new-tokens", "9", "--save-state", "s")
+    one, same, other = (result(call, "--load-state", "s", "--max-new-tokens", "20", *seed)
+                        for seed in (["--seed", "8"], ["--seed", "8"], []))
+    assert one["tokens"] == same["tokens"] != other["tokens"] and (one["seed"], other["seed"]) == (8, None)
+
+
+def test_a_signal_during_a_long_prompt_loses_nothing(call, monkeypatch):
+    argv, hidden = ["--temperature", "0", "--window", "20"], GPT.hidden
+    whole = result(call, *argv, "--prompt", "0123456789" * 300, "--max-new-tokens", "20")["tokens"]
+
+    def stopped(self, idx, **options):
+        if options["state"].position == 1024:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return hidden(self, idx, **options)
+    monkeypatch.setattr(GPT, "hidden", stopped)
+    code, out, err = call(*argv, "--prompt", "0123456789" * 300, "--no-echo", "--save-state", "s")
+    assert code == 0 and out == "" and "after 2048 tokens" in err and "generated: 0 tokens" in err
+    assert result(call, *argv, "--load-state", "s", "--max-new-tokens", "20")["tokens"] == whole
+
+
+def test_a_reader_that_has_gone_loses_nothing():
+    p = start("--seed", "3", "--save-state", "s", stdin=subprocess.DEVNULL)
+    p.stdout.read(20)
+    p.stdout.close()
+    err = p.stderr.read().decode()
+    assert p.wait(timeout=60) == 0 and err.splitlines()[-1].startswith("saved: s ("), err
+    assert Path("s").stat().st_size > 1000
+
+
+def test_no_state_of_half_a_step(call, monkeypatch):
+    call("--max-new-tokens", "3", "--save-state", "s")
+    before, hidden = Path("s").read_bytes(), GPT.hidden
+
+    def cut(self, idx, **options):
+        if options["state"].position > 5:
+            raise KeyboardInterrupt  # a second Ctrl-C
+        return hidden(self, idx, **options)
+    monkeypatch.setattr(GPT, "hidden", cut)
+    with pytest.raises(KeyboardInterrupt):
+        call("--save-state", "s")
+    assert Path("s").read_bytes() == before
+
+
+@pytest.mark.parametrize("where", ["save", "replace"])
+def test_a_write_that_fails_leaves_the_older_state(call, monkeypatch, where):
+    call("--max-new-tokens", "3", "--save-state", "s")
+    before, save = Path("s").read_bytes(), State.save
+
+    def fail(*args):
+        if where == "save":
+            save(*args)
+            Path(args[1]).write_bytes(Path(args[1]).read_bytes()[:100])
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(*((State, "save") if where == "save" else (os, "replace")), fail)
+    assert "cannot write s: " in mistake("--max-new-tokens", "5", "--save-state", "s")
+    assert Path("s").read_bytes() == before and not Path("s.tmp").exists()
+
+
+def test_a_second_signal_does_not_wait(call, script, monkeypatch):
+    clock = iter([0.0, 0.5, 2.0, 2.0])
+    monkeypatch.setattr(sample.time, "monotonic", lambda: next(clock))
+    with sample.signals() as asked:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # the same one, from a wrapper
+        assert list(asked) == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_state_of_something_else(call, run, checkpoint):
+    assert call("--max-new-tokens", "3", "--save-state", "full")[0] == 0
+    assert call("--max-new-tokens", "3", "--save-state", "window", "--window", "20")[0] == 0
+    assert "window 20 + 4 sinks" in mistake("--load-state", "window")
+    assert "window 20 + 4 sinks" in mistake("--load-state", "window", "--window", "20", "--sinks", "3")
+    assert "window 20 + 4 sinks" in mistake("--load-state", "full", "--window", "20")
+    GPT.from_pretrained(str(checkpoint)).new_state(1).save("python")
+    assert mistake("--load-state", "python") == "python was not written by --save-state"
+    Path("cut").write_bytes(Path("full").read_bytes()[:1000])
+    assert "cut cannot be read as a saved state" in mistake("--load-state", "cut")
+    model = GPT.from_pretrained(str(checkpoint))
+    with torch.no_grad():
+        model.blocks[1].mlp.w_up.weight += 1e-3  # fine-tuned
+    model.save_pretrained("runs/tiny/step_0000010", {"tokenizer": "byte"})
+    assert mistake("--load-state", "full").startswith("full is a state of another model: load it with the one that it ")
+    shutil.copytree(checkpoint, "runs/tiny/step_0000010", dirs_exist_ok=True)
+    assert call("--load-state", "full", "--max-new-tokens", "3")[0] == 0
+    change(run, rope_base=500.0)
+    assert "full is a state of another model" in mistake("--load-state", "full")
+
+
+def test_draws_of_another_device(call):
+    call("--max-new-tokens", "3", "--save-state", "s")
+    with safe_open("s", "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    save_file(tensors | {"extra.generator": torch.zeros(16, dtype=torch.uint8)}, "s", metadata)  # as CUDA's
+    assert mistake("--load-state", "s") == "the draws of s come from another kind of device: add --seed for new ones"
+    assert call("--load-state", "s", "--seed", "1", "--max-new-tokens", "3")[0] == 0
