@@ -71,7 +71,7 @@ def load_pretrained(name: str | os.PathLike) -> tuple[dict, dict[str, torch.Tens
                 {field: _float32(field, read()) for field, read in stored.items()}, folder)
     families = {"llama": _llama, "mistral": _llama, "qwen2": _llama, "gpt_neox": _gpt_neox, "falcon": _falcon,
                 "mpt": _mpt}
-    if kind not in families:
+    if not isinstance(kind, str) or kind not in families:
         raise ValueError(f"{path} has model_type {kind!r}: only nanolong, {', '.join(families)} can be loaded")
     c = Config(path, config)
     c.take("model_type", (str,))
@@ -150,9 +150,12 @@ def _rope(c, D, block_size, base, fraction=None):
     if type(part) not in (int, float) or not 0 < part <= 1 or (fraction is None and part != 1):
         c.wrong("partial_rotary_factor", part, "it must be " + ("1" if fraction is None else "a number in (0, 1]"))
     try:
-        rope_frequencies(int(D * part), base, scaling)
+        _, factor = rope_frequencies(int(D * part), base, scaling)
     except ValueError as e:
         raise ValueError(f"{c.path}: {e}") from None
+    if factor != 1 and int(D * part) != D:
+        c.wrong("rope_scaling", scaling, f"whose factor {factor:.4f} transformers applies to the {int(D * part)} "
+                f"rotated dims of {D} only, and our model to all of them")
     return dict(position="rope", rope_base=float(base), rope_fraction=float(part),
                 rope_scaling=None if kind == "default" else scaling)
 

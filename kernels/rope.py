@@ -95,7 +95,7 @@ def _check_scaling(dim, base, kind, scaling):
     """ValueError, one line, for what rope_frequencies cannot take; scaling without its rope_type and rope_theta."""
     if dim <= 0 or dim % 2:
         raise ValueError(f"rope_frequencies: dim={dim}, it must be even and positive: dims rotate in pairs")
-    if kind not in SCALING_KEYS:
+    if not isinstance(kind, str) or kind not in SCALING_KEYS:
         raise ValueError(f"rope_frequencies: rope_type {kind!r} is unknown: use one of {', '.join(SCALING_KEYS)}")
     needed, optional = SCALING_KEYS[kind]
     missing, unknown = [key for key in needed if key not in scaling], sorted(scaling.keys() - {*needed, *optional})

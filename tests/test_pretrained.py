@@ -143,8 +143,6 @@ def test_smollm2(smollm2):
     n = len(tokenizer.encode("Once upon a time, there was"))
     assert golden["text"].encode() == tokenizer.decode(golden["ids"])
     assert likeliest_next(model, golden["ids"])[n - 1:] == golden["ids"][n:]
-    assert [int(token) for token in model.generate(torch.tensor([golden["ids"][:n]]), 3, temperature=0)] == \
-        golden["ids"][n:n + 3]
 
 
 # ---- files
@@ -266,7 +264,7 @@ def test_damaged_files(tmp_path, weights, capsys):
         torch.save(content, path)
         refused(folder, path, "no dictionary of tensors")
     for text, message in (("{", "not valid JSON"), ("[]", "model_type None"),
-                          ('{"model_type": "gpt2"}', "'gpt2': only")):
+                          ('{"model_type": "gpt2"}', "'gpt2': only"), ('{"model_type": [1]}', "[1]: only")):
         (folder / "config.json").write_text(text)
         refused(folder, folder / "config.json", message)
     (folder / "config.json").unlink()
@@ -345,6 +343,7 @@ QWEN, MISTRAL = dict(LLAMA, model_type="qwen2"), dict(LLAMA, model_type="mistral
     (dict(OLD_NEOX, rope_theta=5e5), ["rope_theta is 500000.0", "10000"]),
     (dict(OLD_NEOX, partial_rotary_factor=1.0), ["partial_rotary_factor is 1.0", "0.5"]),
     (dict(OLD_NEOX, rotary_pct=0.4), ["dim=3"]),
+    (dict(OLD_NEOX, rope_scaling=YARN), ["rope_scaling", "1.1386", "4 rotated dims of 8"]),
     (dict(FALCON, activation="relu"), ["activation is 'relu'"]),
     (dict(FALCON, num_ln_in_parallel_attn=2), ["num_ln_in_parallel_attn is 2", "False"]),
     (dict(FALCON, new_decoder_architecture=True, parallel_attn=False), ["parallel_attn is False"]),

@@ -92,6 +92,7 @@ def test_what_depends_on_the_length():
 @pytest.mark.parametrize("scaling, parts", [
     (dict(rope_type="yarm", factor=2), ["'yarm'", "yarn", "llama3"]),
     (dict(type="su", factor=2), ["'su'", "longrope"]),
+    (dict(rope_type=["yarn"]), ["['yarn']"]),
     (dict(rope_type="linear"), ["'linear'", "lacks factor"]),
     (dict(rope_type="yarn", factor=4), ["lacks original_max_position_embeddings"]),
     ({**LLAMA3, "low_freq_factor": None}, ["lacks low_freq_factor"]),
