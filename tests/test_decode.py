@@ -19,9 +19,9 @@ BACKENDS = ["triton", "reference"]
 # ---- the oracle
 
 def rotated(x, position, inv_freq, factor):
-    """One head's vector x (D,), rotated in pairs (i, i + R)."""
+    """One head's vector x (D,), rotated in pairs (i, i + R), the angle below a turn in float32 as x's sums are."""
     R = inv_freq.shape[0]
-    angle = position * inv_freq
+    angle = (position * inv_freq % (2 * math.pi)).to(torch.promote_types(x.dtype, torch.float32))
     cos, sin = (angle.cos() * factor).to(x.dtype), (angle.sin() * factor).to(x.dtype)
     a, b = x[:R], x[R:2 * R]
     return torch.cat((a * cos - b * sin, b * cos + a * sin, x[2 * R:]))
@@ -59,7 +59,7 @@ def from_ring(q, k, v, position, sinks=0, **options):
 
 
 def compare(results):
-    """[(actual, oracle, plain torch)], each (out, lse): the positions together, since an lse alone may be close to 0."""
+    """[(actual, oracle, plain torch)], each (out, lse): all positions together, since one lse may be close to 0."""
     for i, name in enumerate(("out", "lse")):
         actual, oracle, plain = (torch.stack([result[i] for result in each]) for each in zip(*results))
         assert_close_2x(actual, oracle, plain.to(actual.dtype), name)
@@ -361,7 +361,8 @@ def test_sink_logit_is_one_more_logit(backend, monkeypatch):
 
 
 def test_sink_logit_gradcheck(triton_kernels):
-    out, lse, z = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((1, 3, 2, 3), (1, 2, 3), (2,)))
+    shapes = (1, 3, 2, 3), (1, 2, 3), (2,)
+    out, lse, z = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
     assert torch.autograd.gradcheck(apply_sink_logit, (out, lse, z))
     for i in range(3):  # one gradient alone
         tensors = [x.detach().requires_grad_(i == j) for j, x in enumerate((out, lse, z))]
@@ -370,7 +371,7 @@ def test_sink_logit_gradcheck(triton_kernels):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sink_logit_at_infinity(backend, monkeypatch):
-    """Rows that saw nothing stay 0, with finite gradients, also beside logits of -inf (no sink) and of 10^4 (all sink)."""
+    """Rows that saw nothing stay 0, with finite gradients, also beside logits of -inf (no sink) and 10^4 (all sink)."""
     monkeypatch.setenv("NANOLONG_KERNELS", backend)
     out, lse = torch.randn(1, 4, 3, 8), torch.randn(1, 3, 4)
     out[:, 1], lse[..., 1] = 0, -torch.inf

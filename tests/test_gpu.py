@@ -17,7 +17,9 @@ from test_model import tiny
 from test_stream import fed_in
 from test_stream import tiny as streaming
 
-from kernels import attention, backend, linear_cross_entropy, merge_attention, rms_norm, rope, rope_frequencies, swiglu
+from kernels import (apply_sink_logit, attention, backend, decode_attention, linear_cross_entropy, merge_attention,
+                     rms_norm, rope, rope_frequencies, swiglu)
+from kernels.rope import rope_ref
 
 HERE = torch.cuda.is_available() and not backend.INTERPRET
 on_gpu = pytest.mark.skipif(not HERE, reason="needs CUDA and TRITON_INTERPRET=0")
@@ -149,6 +151,71 @@ def test_merge():
     oracle = dense(q.double(), k.double(), v.double())
     assert_close_2x(out, oracle[0], whole, "out")  # as good as the pass over all keys
     assert_close_2x(lse, oracle[1], whole_lse, "lse")
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x)[6:])
+def test_sink_logit(dtype):
+    inputs = [torch.randn(2, 300, 5, 80).to(dtype), torch.randn(2, 5, 300), torch.randn(5)]
+    dout = torch.randn(inputs[0].shape).to(dtype)
+
+    def results(f, inputs):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        y = f(*inputs)
+        return [y, *torch.autograd.grad(y, inputs, dout.to(y.dtype))]
+
+    def plain(out, lse, z):
+        return out * (lse - z[:, None]).sigmoid().transpose(1, 2)[..., None].to(out.dtype)
+
+    actual, oracle = results(apply_sink_logit, inputs), results(plain, [x.double() for x in inputs])
+    for name, a, o, p in zip(("out", "dout", "dlse", "dz"), actual, oracle, results(plain, inputs)):
+        assert_close_2x(a, o, p, name)
+
+
+def in_order(q, k, v, position, sinks, inv_freq):
+    """A ring's keys and values by in-cache position, q and the keys rotated by it."""
+    N = k.shape[1]
+    last = min(position, N - 1)
+    cached = torch.arange(last + 1)
+    slots = torch.where(cached < sinks, cached, sinks + (position - last + cached - sinks) % (N - sinks))
+    if inv_freq is None:
+        return q, k[:, slots], v[:, slots]
+    return rope_ref(q, torch.tensor([last]), inv_freq), rope_ref(k[:, slots], cached, inv_freq), v[:, slots]
+
+
+@on_gpu
+@pytest.mark.parametrize("D, R", [(16, 8), (64, 32), (64, 0), (80, 10), (96, 48), (128, 64), (256, 128)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x)[6:])
+def test_decode(dtype, D, R):
+    """One and many shares of the cache, groups of 1, 4 and 35 query heads, rings that are filling, full and turned."""
+    inv_freq = rope_frequencies(2 * R)[0] if R else None
+    for B, H, G, N in ((2, 4, 4, 1024), (1, 35, 1, 999), (70, 8, 2, 257)):
+        q, k, v = (torch.randn(B, n, heads, D).to(dtype) for n, heads in ((1, H), (N, G), (N, G)))
+        for position in (N // 3, N - 1, 10**7 + 5):
+            actual = decode_attention(q, k, v, position, sinks=4, inv_freq=inv_freq, return_lse=True)
+            plain = dense(*in_order(q, k, v, position, 4, inv_freq), causal=False)
+            oracle = dense(*in_order(q.double(), k.double(), v.double(), position, 4, inv_freq), causal=False)
+            for name, a, o, p in zip(("out", "lse"), actual, oracle, plain):
+                assert_close_2x(a, o, p.to(a.dtype), f"{name} {B, H, G, N} at {position}")
+            again = decode_attention(q, k, v, position, sinks=4, inv_freq=inv_freq, return_lse=True)
+            assert all(map(torch.equal, actual, again)), "two runs differ"
+
+
+@on_gpu
+def test_decode_in_a_cuda_graph():
+    """One capture is replayed for every token: the position, counted up in the graph, is read on the device."""
+    inv_freq = rope_frequencies(128)[0]
+    q, k, v = (torch.randn(1, n, heads, 128).bfloat16() for n, heads in ((1, 8), (60, 2), (60, 2)))
+    position = torch.tensor([0])
+    decode_attention(q, k, v, position, sinks=4, inv_freq=inv_freq)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode_attention(q, k, v, position, sinks=4, inv_freq=inv_freq)
+        position += 1
+    position.zero_()
+    for t in range(150):
+        graph.replay()
+        assert torch.equal(out, decode_attention(q, k, v, t, sinks=4, inv_freq=inv_freq))
 
 
 @on_gpu
