@@ -562,16 +562,23 @@ for _arch in (80, 89, 90, 100):  # float32 products without TF32 are scalar arit
     TILES[_arch, 4, 64] = dict(fwd=(32, 32, 8, 2), dq=(32, 32, 8, 2), dkdv=(32, 32, 8, 2))
     TILES[_arch, 4, 128] = dict(fwd=(16, 16, 4, 2), dq=(32, 16, 8, 2), dkdv=(16, 32, 8, 2))
     TILES[_arch, 4, 256] = dict(fwd=(16, 16, 4, 1), dq=(16, 16, 8, 2), dkdv=(16, 16, 8, 1))
+# What takes their place in calls with a window, sinks or ALiBi, which need more registers.
+RICH_TILES = {
+    (90, 2, 128): dict(fwd=(128, 64, 8, 2), dq=(128, 32, 8, 2)),
+    (90, 2, 256): dict(fwd=(64, 16, 8, 2), dq=(64, 16, 8, 2)),
+}
+SINK_TILES = {(2, 64): (64, 16, 4, 2), (2, 128): (64, 16, 4, 2), (2, 256): (32, 16, 4, 2),  # dk and dv of sinks
+              (4, 64): (32, 16, 4, 2), (4, 128): (16, 16, 4, 2), (4, 256): (16, 16, 4, 2)}
 SPLIT_BLOCKS = 16  # blocks of rows whose sum over the sinks' gradients one program makes
 
 
-def _tiles(q):
+def _tiles(q, rich):
     """The kernels' tiles for these queries, and BLOCK_D: the head dim rounded up to a power of two, 16 at least."""
     block_d = max(16, triton.next_power_of_2(q.shape[-1]))
     key = (arch(q), min(4, q.element_size()), max(64, block_d))
     if key[0] == "cpu":  # the interpreter: small tiles, so that small tensors have several
-        return dict.fromkeys(("fwd", "dq", "dkdv"), (16, 16, 4, 1)), block_d
-    return TILES[key], block_d
+        return dict.fromkeys(("fwd", "dq", "dkdv", "sinks"), (16, 16, 4, 1)), block_d
+    return TILES[key] | (RICH_TILES.get(key, {}) if rich else {}) | dict(sinks=SINK_TILES[key[1:]]), block_d
 
 
 def _launch_options(tile, kernel_block_d):
@@ -628,7 +635,7 @@ def _attention_fwd(q, k, v, q_sink, k_sink, v_sink, alibi_slopes, q_docs, k_docs
     if not B or not Tq or not main.k.shape[1] + sum(part.k.shape[1] for part in sinks):
         return out.zero_(), lse.fill_(-torch.inf)
     positions, constants = _shared_arguments(main, alibi_slopes, scale)
-    tiles, block_d = _tiles(q)
+    tiles, block_d = _tiles(q, constants["WINDOW"] or constants["ALIBI"] or bool(sinks))
     options = _launch_options(tiles["fwd"], block_d)
     q, k, v = (_strided(x) for x in main[:3])
     k_docs = k_lo = k_hi = None
@@ -652,9 +659,8 @@ def _part_bwd(part, is_sinks, dout, dlse, out, lse, delta, dk, dv, alibi_slopes,
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     positions, constants = _shared_arguments(part, alibi_slopes, scale)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
-    tiles, block_d = _tiles(q)
-    few = dict(BLOCK_N=16) if is_sinks else {}
-    options = _launch_options(tiles["dq"], block_d) | few
+    tiles, block_d = _tiles(q, constants["WINDOW"] or constants["ALIBI"])
+    options = _launch_options(tiles["dq"], block_d) | (dict(BLOCK_N=16) if is_sinks else {})
     k_docs, lo, hi = part.k_docs, None, None
     if k_docs is not None:
         k_docs = k_docs.contiguous()
@@ -664,7 +670,7 @@ def _part_bwd(part, is_sinks, dout, dlse, out, lse, delta, dk, dv, alibi_slopes,
         HAS_DLSE=dlse is not None, **constants, **options)
     if not Tk:
         return dq
-    options = _launch_options(tiles["dkdv"], block_d) | few
+    options = _launch_options(tiles["sinks" if is_sinks else "dkdv"], block_d)
     if k_docs is not None:
         lo, hi = _doc_ranges(k_docs, q_docs, options["BLOCK_N"], options["BLOCK_M"])
     split_rows = SPLIT_BLOCKS * options["BLOCK_M"]

@@ -70,10 +70,15 @@ class Case:
     timed: list[dict]  # the shapes checked and timed on a GPU
     compiled: Callable  # (architecture) -> list of (dtype, shape) compiled without a GPU
     variants: dict[str, Callable] = dataclasses.field(default_factory=dict)  # of ours, compiled too
+    name: str = ""  # of another way of calling the kernel: shown with its shapes
 
 
 def name_of(shape: dict) -> str:
     return " ".join(f"{key}{value}" for key, value in shape.items())
+
+
+def label_of(case: Case, shape: dict) -> str:
+    return f"{name_of(shape)} {case.name}".strip()
 
 
 def randn(device, dtype, *shape):
@@ -108,7 +113,72 @@ def flex(q, k, v):
     return inductor(flex_attention)(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
+SINKS = 4
+
+
+def window_attention(q, k, v, window):
+    return attention(q, k, v, window=int(window), sinks=(q, k[:, :SINKS], v[:, :SINKS]))
+
+
+def window_mask(i, j, window):
+    return (i >= j) & ((i - j < window) | (j < SINKS))
+
+
+def window_sdpa(q, k, v, window):
+    """Without rotations the sinks are keys that everyone sees: a mask. In float32 on a GPU no scores are kept."""
+    t = torch.arange(q.shape[1], device=q.device)
+    with sdpa_kernel(SDPBackend.MATH if q.dtype == torch.float64 else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)),
+                                              attn_mask=window_mask(t[:, None], t, window)).transpose(1, 2)
+
+
+def window_flex(q, k, v, window):
+    window = int(window)
+    mask = create_block_mask(lambda b, h, i, j: window_mask(i, j, window), None, None, q.shape[1], q.shape[1], device=q.device)
+    return inductor(flex_attention)(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
+
+
+def window_cases():
+    def make(device, dtype, B, T, H, D, W):
+        return [*(randn(device, dtype, B, T, H, D) for _ in range(3)), torch.tensor(W)]
+
+    def work(which, element, B, T, H, D, W):  # row i sees min(i + 1, SINKS + W) keys
+        seen = T * (SINKS + W) - (SINKS + W) * (SINKS + W - 1) // 2
+        return 4 * B * H * D * seen * (2.5 if which == "bwd" else 1)
+
+    for H, D in ((32, 64), (16, 128)):
+        yield Case("attention", make, window_attention, window_sdpa, window_sdpa, {"flex": window_flex}, work, "TFLOP/s",
+                   tiny=dict(B=1, T=50, H=2, D=D, W=20), small=dict(B=1, T=1500, H=H, D=D, W=300),
+                   timed=[dict(B=1, T=T, H=H, D=D, W=1020) for T in (16384, 32768)], compiled=lambda arch: [],
+                   name="window, sinks")
+
+
+def alibi_cases():
+    def make(device, dtype, B, T, H, D):
+        slopes = 2.0 ** (-8 / H * torch.arange(1, H + 1, device=device))
+        return [*(randn(device, dtype, B, T, H, D) for _ in range(3)), slopes]
+
+    def plain(q, k, v, slopes):  # every score, in float32 at least: one batch entry of T = 4096 is all that fits
+        t, (q, k, v) = torch.arange(q.shape[1], device=q.device), (x.transpose(1, 2) for x in (q, k, v))
+        s = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[3] ** -0.5
+        s = s - slopes[:, None, None] * (t[:, None] - t)
+        return (s.masked_fill(t > t[:, None], -torch.inf).softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+
+    def flex_alibi(q, k, v, slopes):
+        bias = lambda s, b, h, i, j: s - slopes[h] * (i - j)  # noqa: E731
+        return inductor(flex_attention)(*(x.transpose(1, 2) for x in (q, k, v)), score_mod=bias,
+                                        block_mask=causal_blocks(q.shape[1], q.device)).transpose(1, 2)
+
+    yield Case("attention", make, lambda q, k, v, slopes: attention(q, k, v, alibi_slopes=slopes), plain, plain,
+               {"flex": flex_alibi}, lambda which, element, B, T, H, D: 2 * B * H * T * T * D * (2.5 if which == "bwd" else 1),
+               "TFLOP/s", tiny=dict(B=1, T=50, H=2, D=64), small=dict(B=1, T=1500, H=32, D=64),
+               timed=[dict(B=1, T=4096, H=32, D=64)], compiled=lambda arch: [], name="ALiBi")
+
+
 def attention_cases():
+    yield from window_cases()
+    yield from alibi_cases()
+
     def make(device, dtype, B, T, H, G, D):
         return [randn(device, dtype, B, T, heads, D) for heads in (H, G, G)]
 
@@ -117,10 +187,13 @@ def attention_cases():
         exact = SDPBackend.MATH if q.dtype == torch.float64 else SDPBackend.EFFICIENT_ATTENTION
         return sdpa(exact)(q, k, v)
 
-    def documents(q, k, v):
-        docs = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
-        out, lse = attention(q, k, v, q_docs=docs, k_docs=docs, return_lse=True)
-        return out.float().sum() + lse.sum()
+    def variant(q, k, v, docs=False, alibi=False, window=None):
+        slopes = torch.ones(q.shape[2], device=q.device) if alibi else None
+        sinks = None if window is None else (q, k[:, :SINKS], v[:, :SINKS])
+        ids = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device) if docs else None
+        out, lse = attention(q, k, v, window=window, sinks=sinks, alibi_slopes=slopes, q_docs=ids, k_docs=ids,
+                             return_lse=True)
+        return out.float().sum() + lse.sum() if docs else out
 
     def tiles(arch):  # every entry of the tile table
         return [({2: torch.bfloat16, 4: torch.float32}[element], dict(B=1, T=256, H=2, G=1, D=block_d))
@@ -134,7 +207,11 @@ def attention_cases():
             lambda which, element, B, T, H, G, D: 2 * B * H * T * T * D * (2.5 if which == "bwd" else 1), "TFLOP/s",
             tiny=dict(B=1, T=50, H=2, G=2 if G == H else 1, D=D), small=dict(B=1, T=1500, H=H, G=G, D=D),
             timed=[dict(B=B, T=T, H=H, G=G, D=D) for B, T in batches], compiled=tiles,
-            variants={"full": functools.partial(attention, causal=False), "docs, lse": documents})
+            variants={"full": functools.partial(attention, causal=False),
+                      "docs, lse": functools.partial(variant, docs=True),
+                      "alibi": functools.partial(variant, alibi=True),
+                      "window, sinks": functools.partial(variant, window=100),
+                      "window, sinks, alibi, docs, lse": functools.partial(variant, window=100, alibi=True, docs=True)})
 
 
 def decode_cases():
@@ -325,7 +402,7 @@ def check(case: Case, device: str, shape: dict, exact: torch.dtype = torch.float
         results.append(output_and_gradients(out, [x for x in given if x.requires_grad], dout.to(out.dtype)))
         del out  # its graph is large
     wrong = disagreement(*reversed(results))
-    report(f"{case.kernel}  {name_of(shape)}  {str(inputs[0].dtype)[6:]}", wrong)
+    report(f"{case.kernel}  {label_of(case, shape)}  {str(inputs[0].dtype)[6:]}", wrong)
     return wrong
 
 
@@ -393,7 +470,7 @@ def time_case(case: Case, shape: dict, device: str, ceilings: dict[str, float]) 
     for which, numbers in measured.items():
         rate = case.work(which, inputs[0].element_size(), **shape) / numbers["ms"]
         rate /= 1e9 if case.unit == "TFLOP/s" else 1e6
-        rows.append(dict(kernel=case.kernel, shape=name_of(shape), stage=which, **numbers, rate=rate, unit=case.unit,
+        rows.append(dict(kernel=case.kernel, shape=label_of(case, shape), stage=which, **numbers, rate=rate, unit=case.unit,
                          of_ceiling=rate / ceilings[case.unit], peers={}))
     for name, peer in case.peers.items():
         reason = ""
@@ -423,7 +500,7 @@ def measure_ceilings(device: str) -> dict[str, float]:
 
 def static_cases(arch: int | str, kernels: tuple[str, ...] = KERNELS) -> Iterator[tuple[str, str, Callable]]:
     """(kernel, label, thunk): in aot.compile_for(arch) the thunk compiles what a forward and a backward pass launch."""
-    for case in {case.kernel: case for case in cases(kernels)}.values():
+    for case in {(case.kernel, case.name): case for case in cases(kernels)}.values():
         for dtype, shape in case.compiled(arch):
             for variant, fn in {"": case.ours, **case.variants}.items():
                 def thunk(case=case, dtype=dtype, shape=shape, fn=fn):
@@ -582,7 +659,7 @@ def bench_gpu(kernels: tuple[str, ...]) -> list[str]:
             message = check(case, "cuda", shape, torch.float32)
             if message:
                 wrong.append(case.kernel)
-                rows.append(dict(kernel=case.kernel, shape=name_of(shape), stage="all", wrong=message))
+                rows.append(dict(kernel=case.kernel, shape=label_of(case, shape), stage="all", wrong=message))
             else:
                 rows += time_case(case, shape, "cuda", ceilings)
             torch.cuda.empty_cache()

@@ -64,7 +64,7 @@ def test_a_wrong_kernel_is_refused(kernel, monkeypatch, capsys, triton_kernels):
 @pytest.mark.parametrize("kernel", bench.CASES)
 def test_every_kernel_is_checked(kernel, triton_kernels):
     """Each is right against float64 and, as at the timed shapes, float32; half of each gradient is wrong."""
-    for case in {case.kernel: case for case in bench.cases((kernel,))}.values():
+    for case in {(case.kernel, case.name): case for case in bench.cases((kernel,))}.values():
         assert bench.check(case, "cpu", case.tiny) == ""
         if kernel != "attention":  # SDPA in float32 without T x T needs a GPU
             assert bench.check(case, "cpu", case.tiny, torch.float32) == ""
