@@ -2,7 +2,7 @@
 Attention of one new token per sequence over a ring buffer of un-rotated keys: StreamingLLM's decoding step (Xiao et
 al., arXiv 2309.17453), where positions are assigned inside the cache.
 
-    p = position of the new token in the text, S sinks, W window, c(t) the in-cache position of token t, R(c) the rotation
+    p the new token's position in the text, S sinks, W window, c(t) the in-cache position of token t, R(c) the rotation
     s_t = scale * (R(c(p)) q) . (R(c(t)) k_t) - slope (c(p) - c(t)),   out = sum_t softmax(s)_t v_t
     p < S + W: c(t) = t.   Else: c(t) = t for t < S, S + W - 1 - (p - t) for p - W < t <= p; other tokens are gone.
 
@@ -135,13 +135,12 @@ def _decode_kernel(Q, K, V, POSITION, TURNS, SLOPES, OUT, LSE, slots, sinks, str
         b_v = _load(V + slot * stride_vt, tl.arange(0, BLOCK_D), mask, D)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision=PRECISION, out_dtype=ACC)
         b_max = b_new
-    empty = b_sum == 0.0  # this share holds no key
-    b_sum = tl.where(empty, 1.0, b_sum)
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # this share holds no key: 0, and b_max is -inf
     rows = (b * H + heads) * tl.num_programs(1) + tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     tl.store(OUT + rows[:, None] * D + d[None, :], (b_acc / b_sum[:, None]).to(OUT.dtype.element_ty),
              row_mask & (d < D)[None, :])
-    tl.store(LSE + rows, tl.where(empty, float("-inf"), b_max + tl.log2(b_sum)), m < GROUP)
+    tl.store(LSE + rows, b_max + tl.log2(b_sum), m < GROUP)
 
 
 @triton.jit
@@ -185,8 +184,10 @@ def _tile(q, R):
 
 
 def _splits(q, programs, blocks):
-    """Shares of the cache: two programs for each multiprocessor, none without a block of keys, 64 at most. It depends on
-    shapes alone, not on the position."""
+    """
+    How many shares of the cache: two programs for each multiprocessor, a block of keys for each share at least, 64 at
+    most. It depends on shapes alone, not on the position.
+    """
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 8
     return max(1, min(2 * processors // programs, blocks, 64))
 
@@ -207,8 +208,8 @@ def _decode_attention(q, k, v, position, turns, slopes, sinks, attention_factor,
         part = torch.empty(B, H, splits, D, dtype=acc, device=q.device)
         part_lse = torch.empty(B, H, splits, dtype=acc, device=q.device)
     _decode_kernel[(programs, splits)](
-        q, k, v, position, turns if turns is None else turns.contiguous(), slopes, part, part_lse, N, sinks, q.stride(0),
-        q.stride(2), *k.stride()[:3], *v.stride()[:3], H=H, GROUP=H // G, D=D, R=R, FACTOR=attention_factor,
+        q, k, v, position, turns if turns is None else turns.contiguous(), slopes, part, part_lse, N, sinks,
+        q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3], H=H, GROUP=H // G, D=D, R=R, FACTOR=attention_factor,
         ALIBI=slopes is not None, SCALE=scale * LOG2E.value, PRECISION=dot_precision(q.dtype),
         ACC=getattr(tl, str(acc)[6:]), **tile)
     if splits > 1:
@@ -236,7 +237,7 @@ def _validate(q, k, v, position, sinks, inv_freq, alibi_slopes, scale):
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"decode_attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: they must be equal")
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"decode_attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads")
+        raise ValueError(f"decode_attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads")
     if q.shape[3] > 256:
         raise ValueError(f"decode_attention: head dim {q.shape[3]} is more than 256")
     if k.stride(3) != 1 or v.stride(3) != 1:
@@ -252,13 +253,13 @@ def _validate(q, k, v, position, sinks, inv_freq, alibi_slopes, scale):
     elif position < 0:
         raise ValueError(f"decode_attention: position is {position}, it must be 0 or more")
     if inv_freq is not None and inv_freq.dtype not in (torch.float64, torch.int64):
-        raise ValueError(f"decode_attention: inv_freq is {inv_freq.dtype}, it must be float64, or int64 from rope_turns")
+        raise ValueError(f"decode_attention: inv_freq is {inv_freq.dtype}, it must be float64, or int64 (rope_turns)")
     if inv_freq is not None and (inv_freq.dim() != 1 or not 0 < 2 * inv_freq.shape[0] <= q.shape[3]):
         raise ValueError(f"decode_attention: inv_freq has shape {tuple(inv_freq.shape)} for head dim {q.shape[3]}: "
                          "it must be (R,) with 2 R <= D")
     if alibi_slopes is not None and (alibi_slopes.dtype != torch.float32 or alibi_slopes.shape != q.shape[2:3]):
-        raise ValueError(f"decode_attention: alibi_slopes are {alibi_slopes.dtype} of shape {tuple(alibi_slopes.shape)} "
-                         f"for {q.shape[2]} query heads: they must be float32, one for each")
+        raise ValueError(f"decode_attention: alibi_slopes are {alibi_slopes.dtype}, of shape "
+                         f"{tuple(alibi_slopes.shape)} for {q.shape[2]} query heads: they must be float32, one for each")
     if scale <= 0:
         raise ValueError(f"decode_attention: scale is {scale}, it must be greater than 0")
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
