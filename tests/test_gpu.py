@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close_2x
-from test_attention import dense, run, same_maths
+from test_attention import dense, run, same_maths, tensors, with_sinks
 from test_model import tiny
 from test_stream import fed_in
 from test_stream import tiny as streaming
@@ -49,6 +49,11 @@ ATTENTION_CASES = {
     "full": dict(Tq=T - 1, Tk=T // 2 + 3, H=2, G=1, causal=False),
     "documents": dict(Tq=T + 5, Tk=T + 5, H=2, G=2, docs=True),
     "rows that see nothing": dict(Tq=T, Tk=T, H=2, G=2, q_start=-130),
+    "window": dict(Tq=T, Tk=T, H=2, G=1, window=300),
+    "window, sinks": dict(Tq=T + 300, Tk=T + 300, H=4, G=2, window=130, S=4),
+    "window, sinks, alibi": dict(Tq=T - 31, Tk=T + 77, H=4, G=1, q_start=108, window=201, S=20, alibi=True),
+    "window, sinks, alibi, documents": dict(Tq=T + 5, Tk=T + 5, H=2, G=2, docs=True, window=77, S=3, alibi=True),
+    "alibi": dict(Tq=T - 1, Tk=T - 1, H=2, G=2, alibi=True),
 }
 
 
@@ -61,14 +66,17 @@ def test_attention(dtype, D, case):
     Tq, Tk, H, G = (options.pop(name) for name in ("Tq", "Tk", "H", "G"))
     if options.pop("docs", False):
         options["q_docs"] = options["k_docs"] = (torch.arange(Tq) // 300).expand(2, Tq)
-    q, k, v = (torch.randn(2, t, h, D).to(dtype) for t, h in ((Tq, H), (Tk, G), (Tk, G)))
-    douts = [x.to(dtype).double() for x in (torch.randn(q.shape), torch.randn(2, H, Tq))]
-    actual = run(attention, (q, k, v), douts, return_lse=True, **options)
-    oracle = run(dense, (q.double(), k.double(), v.double()), douts, **options)
-    plain = same_maths(q, k, v, douts, **options)
+    if options.pop("alibi", False):
+        options["alibi_slopes"] = torch.rand(H) * 0.1
+    inputs = tensors((2, Tq, Tk, options.pop("S", 0), H, G, D), "contiguous", dtype)
+    douts = [x.to(dtype).double() for x in (torch.randn(inputs[0].shape), torch.randn(2, H, Tq))]
+    actual = run(attention, inputs, douts, return_lse=True, **options)
+    oracle = run(dense, [x.double() for x in inputs], douts, **options)
+    first, same_options = with_sinks(inputs, options)
+    plain = same_maths(*first, douts, **same_options)
     for name, value in actual.items():
         assert_close_2x(value, oracle[name], plain[name].to(value.dtype), name)
-    again = run(attention, (q, k, v), douts, return_lse=True, **options)
+    again = run(attention, inputs, douts, return_lse=True, **options)
     assert all(torch.equal(actual[name], again[name]) for name in actual), "two runs differ"
 
 
