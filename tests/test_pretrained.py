@@ -98,6 +98,27 @@ def test_logits_equal_transformers(name, tmp_path):
     assert_same_logits(peer, tmp_path)
 
 
+@pytest.mark.parametrize("name, drop, changes, renamed", [
+    ("qwen2, windows", ["layer_types"], {}, {}),
+    ("neox", [], dict(rotary_pct=0.5, rotary_emb_base=10000, rope_theta=10000.0, partial_rotary_factor=0.5),
+     {"lm_head.weight": "embed_out.weight"}),
+    ("llama 3", [], dict(rope_scaling=LLAMA3, rope_theta=10000.0, torch_dtype="float16"), {}),
+    ("falcon 7b", ["tie_word_embeddings", "ffn_hidden_size", "activation", "max_position_embeddings", "num_kv_heads"],
+     dict(ff_factor=4), {})])
+def test_as_older_versions_wrote_it(name, drop, changes, renamed, tmp_path):
+    kind, options, _ = MODELS[name]
+    make(tmp_path, kind, options)
+    fields, tensors, _ = load_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | changes
+    for field in [*drop, "rope_parameters", "dtype"]:
+        del config[field]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({renamed.get(x, x): weights[x] for x in weights}, tmp_path / "model.safetensors")
+    older, same, _ = load_pretrained(tmp_path)
+    assert older == fields and same.keys() == tensors.keys() and all(torch.equal(same[x], tensors[x]) for x in tensors)
+
+
 def refused(folder, *parts):
     with pytest.raises(ValueError) as error:
         load_pretrained(folder)
@@ -207,7 +228,7 @@ def test_every_way_to_store_the_weights(tmp_path, weights):
 
 def test_precisions_and_independence_of_the_file(tmp_path, weights):
     expected = load_pretrained(STORIES)[1]
-    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+    for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.float32):
         folder = stories(tmp_path / "m", {name: x.to(dtype) for name, x in weights.items()})
         tensors = load_pretrained(folder)[1]
         assert all(torch.equal(tensors[name], x.to(dtype).float()) for name, x in expected.items())
