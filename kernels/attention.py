@@ -6,15 +6,17 @@ Exact attention, forward and backward.
     dq_i = scale * sum_j ds_ij k_j,   dk_j = scale * sum_i ds_ij q_i,   dv_j = sum_i p_ij dout_i
 
 q (B, Tq, H, D), k and v (B, Tk, G, D) with H a multiple of G (head h reads kv head h // (H / G)), out like q, lse (B,
-H, Tq). Row i sits at position q_start + i, key j at k_start + j: only offset = q_start - k_start matters. Causal: j <=
-i + offset.
+H, Tq). Row i sits at position q_start + i, key j at k_start + j. With offset = q_start - k_start, causal: j <= i + offset;
+a window of W: also j > i + offset - W. ALiBi takes slope_h * (i + offset - j) off the score. Sinks are a second set of few
+keys with queries of their own, in the same softmax; row i sees sink j if j <= q_start + i.
 
 FlashAttention-2's scheme (Dao, arXiv 2307.08691): a program holds one block of queries and walks the keys, the running
 maximum and sum in base 2 with the scale folded in (LSE below is log2 of the sum; the public functions speak natural
-logarithms); blocks that every row sees whole skip all masks. The backward pass is two deterministic kernels, dq (which
-also writes delta) and dk/dv (which computes S^T = K Q^T, so that no product is ever transposed, and sums over the query
-heads of its kv head). Bytes moved by the forward: q, out and lse once, k and v once per block of queries (from L2 where
-they fit). No tensor is ever Tq x Tk.
+logarithms); blocks that every row sees whole skip all masks, those that no row sees are not visited. The backward pass
+is two deterministic kernels, dq (which also writes delta) and dk/dv (which computes S^T = K Q^T, so that no product is
+ever transposed, and sums over the query heads of its kv head); both run a second time for the sinks, whose dk and dv are
+sums over all rows: several programs share these. Bytes moved by the forward: q, out and lse once, k and v once per block
+of queries (from L2 where they fit). No tensor is ever Tq x Tk.
 """
 
 import functools
@@ -568,7 +570,7 @@ RICH_TILES = {
     (90, 2, 256): dict(fwd=(64, 16, 8, 2), dq=(64, 16, 8, 2)),
 }
 SINK_TILES = {(2, 64): (64, 16, 4, 2), (2, 128): (64, 16, 4, 2), (2, 256): (32, 16, 4, 2),  # dk and dv of sinks
-              (4, 64): (32, 16, 4, 2), (4, 128): (16, 16, 4, 2), (4, 256): (16, 16, 4, 2)}
+              (4, 64): (32, 16, 4, 2), (4, 128): (16, 16, 4, 2), (4, 256): (16, 16, 8, 1)}
 SPLIT_BLOCKS = 16  # blocks of rows whose sum over the sinks' gradients one program makes
 
 
@@ -699,7 +701,8 @@ def _attention_bwd(dout, dlse, q, k, v, q_sink, k_sink, v_sink, out, lse, alibi_
             grads += [torch.zeros_like(part.q), dk.zero_(), dv.zero_()]
             continue
         left_out = k.shape[1] - part.k.shape[1]
-        dk[:, :left_out], dv[:, :left_out] = 0, 0
+        if left_out:
+            dk[:, :left_out], dv[:, :left_out] = 0, 0
         dq = _part_bwd(part, i == 1, dout, dlse, out, lse, delta, dk[:, left_out:], dv[:, left_out:], alibi_slopes, q_docs,
                        scale)
         grads += [dq, dk, dv]
@@ -713,8 +716,8 @@ register("attention_fwd",
          "(Tensor q, Tensor k, Tensor v, Tensor? q_sink, Tensor? k_sink, Tensor? v_sink, Tensor? alibi_slopes, "
          "Tensor? q_docs, Tensor? k_docs, float scale, bool causal, SymInt? window, SymInt q_start, SymInt k_start, "
          "ScalarType out_dtype, bool triton) -> (Tensor, Tensor)", _implementation(_attention_fwd, _attention_fwd_ref),
-         lambda q, *_: (
-             q.new_empty(q.shape, dtype=_[-2]),
+         lambda q, *rest: (
+             q.new_empty(q.shape, dtype=rest[-2]),
              q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))))
 register("attention_bwd",
          "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? q_sink, Tensor? k_sink, Tensor? v_sink, "
