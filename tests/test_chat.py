@@ -205,6 +205,20 @@ def test_a_conversation_longer_than_the_window(folder, talk, fed, monkeypatch):
     assert len(drawn) > 20 and all(logits[n - 1].argmax() == token for n, token in drawn)
 
 
+def test_a_tokenizer_that_begins_each_text_with_a_space(tmp_path):
+    """SentencePiece's: the ids of a part are not those of the same part within the whole."""
+    (tmp_path / "tokenizer.json").write_text((sample.SHIPPED / "tokenizer.json").read_text())
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    write_config(tmp_path, LLAMA2, "</s>", bos_token="<s>")
+    t = load_tokenizer(tmp_path)
+    chat, fed = Chat(t), []
+    for turn, reply in (("Lily saw", " a big dog"), ("She", " was happy"), ("And", "")):
+        fed += chat.turn(turn) + t.encode(reply)[1:]  # without the space of its own
+        chat.reply(reply)
+    text = ("<s>[INST] Lily saw [/INST] a big dog </s><s>[INST] She [/INST] was happy </s><s>[INST] And [/INST]")
+    assert fed == t.encode(text, control=True) and not chat.rewritten and chat.stop == {2}
+
+
 @pytest.mark.parametrize("folder", TEMPLATES, indirect=True)
 def test_transformers_renders_the_same(folder):
     transformers = pytest.importorskip("transformers")
