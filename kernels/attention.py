@@ -815,6 +815,8 @@ def attention(q, k, v, *, scale=None, causal=True, window=None, sinks=None, alib
     if scale <= 0:
         raise ValueError(f"attention: scale is {scale}, it must be greater than 0")
     out_dtype = out_dtype or q.dtype
+    if sinks is not None and sinks[0] is q:
+        sinks = q.view_as(q), *sinks[1:]  # torch.compile takes no tensor twice
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.detach().to(torch.promote_types(q.dtype, torch.float32)).contiguous()
     if use_triton(q):

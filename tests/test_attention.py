@@ -232,12 +232,13 @@ def test_rows_that_see_nothing(Tq, Tk, q_start, docs, backend, monkeypatch):
     (1, 2, 0, 0, 20, 20),  # each row sees itself and the sinks
     (100, 30, 0, 0, 20, 20),  # more sinks and window than keys: no key is left, and not all sinks are seen
     (15, 3, 5, 5, 40, 40),  # the window ends within the first block of rows; no sink is among the keys
+    (47, 3, 0, 0, 66, 66),  # blocks that are seen whole lie between the window's edge and the diagonal, by one key or row
     (10**9, 3, 7, 2, 20, 25), (17, 3, -4, 0, 40, 40), (33, 1, 60, 0, 3, 63), (3, 3, 50, 0, 20, 20), (9, 2, 0, 0, 9, 0)])
 def test_extreme_windows(window, S, q_start, k_start, Tq, Tk, alibi, backend, monkeypatch):
     monkeypatch.setenv("NANOLONG_KERNELS", backend)
-    inputs = tensors((1, Tq, Tk, S, 4, 2, 8), "contiguous", torch.float64)
-    douts = torch.randn_like(inputs[0]), torch.randn(1, 4, Tq, dtype=torch.float64)
-    options = dict(window=window, q_start=q_start, k_start=k_start, causal=False, alibi_slopes=torch.rand(4) if alibi else None)
+    inputs = tensors((1, Tq, Tk, S, 2, 1, 8), "contiguous", torch.float64)
+    douts = torch.randn_like(inputs[0]), torch.randn(1, 2, Tq, dtype=torch.float64)
+    options = dict(window=window, q_start=q_start, k_start=k_start, causal=False, alibi_slopes=torch.rand(2) if alibi else None)
     for some in (inputs, inputs[:3]):  # with and without sinks
         actual, oracle = (run(f, some, douts, **options, **more)
                           for f, more in ((attention, dict(return_lse=True)), (dense, {})))
