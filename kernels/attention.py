@@ -566,8 +566,11 @@ for _arch in (80, 89, 90, 100):  # float32 products without TF32 are scalar arit
     TILES[_arch, 4, 256] = dict(fwd=(16, 16, 4, 1), dq=(16, 16, 8, 2), dkdv=(16, 16, 8, 1))
 # What takes their place in calls with a window, sinks or ALiBi, which need more registers.
 RICH_TILES = {
+    (89, 2, 128): dict(fwd=(64, 64, 8, 2)),
     (90, 2, 128): dict(fwd=(128, 64, 8, 2), dq=(128, 32, 8, 2)),
     (90, 2, 256): dict(fwd=(64, 16, 8, 2), dq=(64, 16, 8, 2)),
+    ("gfx", 2, 64): dict(fwd=(128, 64, 8, 2), dq=(64, 64, 4, 2)),
+    ("gfx", 2, 256): dict(fwd=(32, 32, 8, 2)),
 }
 SINK_TILES = {(2, 64): (64, 16, 4, 2), (2, 128): (64, 16, 4, 2), (2, 256): (32, 16, 4, 2),  # dk and dv of sinks
               (4, 64): (32, 16, 4, 2), (4, 128): (16, 16, 4, 2), (4, 256): (16, 16, 8, 1)}
