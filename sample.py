@@ -41,7 +41,7 @@ import tyro
 from tqdm import tqdm
 
 from data.chat import Chat, converse, read_prompt
-from data.pretrained import _find_folder as find_folder
+from data.pretrained import find_folder
 from data.tokenizer import Tokenizer, load_tokenizer
 from kernels.backend import use_triton
 from model import GPT, State
@@ -150,8 +150,8 @@ def choose_model(opt: Options) -> tuple[str, dict]:
     return str(name), fields | ({} if opt.sinks is None else {"sinks": opt.sinks})
 
 
-def load(name: str, fields: dict, opt: Options) -> tuple[GPT, Tokenizer, Chat | None]:
-    """The model, its tokenizer, and the chat if wanted. SystemExit, one line, if a file is wrong or cut short."""
+def load(name: str, fields: dict) -> tuple[GPT, Tokenizer]:
+    """The model, with `fields` of its GPTConfig replaced, and its tokenizer. SystemExit, one line, if a file is wrong."""
     try:
         folder = find_folder(name)
         model = GPT.from_pretrained(str(folder), **fields)
@@ -166,10 +166,9 @@ def load(name: str, fields: dict, opt: Options) -> tuple[GPT, Tokenizer, Chat | 
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(f"tokenizer {given} has {tokenizer.vocab_size} ids, the model's vocab_size is "
                              f"{model.config.vocab_size}: config.json must name the tokenizer it was trained with")
-        chat = Chat(tokenizer, opt.system) if opt.chat else None
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:  # JSON of other types than it should be
         raise SystemExit(f"cannot load {name}: {' '.join(str(e).split())}") from None
-    return model.eval(), tokenizer, chat
+    return model.eval(), tokenizer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -342,7 +341,11 @@ def main(argv: list[str] | None = None) -> int:
         use_triton(torch.empty(0, dtype=place.dtype, device=place.device))  # logs the backend before the text begins
     except ValueError as e:
         raise SystemExit(str(e)) from None
-    model, tokenizer, chat = load(name, fields, opt)
+    model, tokenizer = load(name, fields)
+    try:
+        chat = Chat(tokenizer, opt.system) if opt.chat else None
+    except ValueError as e:
+        raise SystemExit(f"cannot chat with {name}: {e}") from None
     mark = fingerprint(model)  # of the weights as the file has them
     model.to(place.device, place.dtype)
     seed = random.SystemRandom().getrandbits(32) if opt.seed is None else opt.seed

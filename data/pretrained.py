@@ -57,7 +57,7 @@ def load_pretrained(name: str | os.PathLike) -> tuple[dict, dict[str, torch.Tens
     ValueError, one line: no such folder or id, a model of another kind, a field or tensor that is missing, unknown or
     does not fit, a damaged file.
     """
-    folder = _find_folder(os.fspath(name))
+    folder = find_folder(os.fspath(name))
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -429,7 +429,8 @@ def _open_bin(path: Path):
 
 # ---- folders and the hub
 
-def _find_folder(name: str) -> Path:
+def find_folder(name: str) -> Path:
+    """A folder as it is, or that of a hub id, downloaded if it is not in the hub's cache. ValueError, one line."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path

@@ -1,0 +1,331 @@
+"""
+What a model can do with a long text, as a table, a JSON file and a picture.
+
+    python eval.py perplexity                                              the latest run on the test books, as trained
+    python eval.py perplexity --model data/smollm2/model --tokens 100000 --attention 4+1020 0+1024 recompute+1024
+    python eval.py stream --model data/smollm2/model --attention 4+1020 --at 1000 50000 --minutes 10
+
+The model is chosen as in sample.py. `--attention` lists what is compared: `full`; S+W, a
+window of W tokens with S sinks (StreamingLLM, arXiv 2309.17453); `recompute+W`, each token predicted from a fresh pass
+over the W before it, the slow way that streaming stands in for, at sampled positions; without it the model as it is.
+Results go to evals/<name>.json and .png. Needs matplotlib for the picture.
+"""
+
+import importlib.util
+import itertools
+import json
+import logging
+import math
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from tqdm import tqdm
+
+from model import GPT
+from sample import SHIPPED, find_checkpoint, load, size
+from train import Place, TrainConfig, choose_place
+
+
+@dataclass
+class Common:
+    # a run folder, a step folder, or a name under runs/
+    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(
+        metavar="[RUN]", constructor=str, help_behavior_hint="(default: the run saved last)")] = None
+    model: str | None = None  # a pretrained model instead of a run: its folder or hub id
+    text: list[str] = field(default_factory=lambda: ["data/sample/test"])  # files, or folders of .txt files
+    attention: list[str] = field(default_factory=lambda: ["as-is"])  # as-is, full, S+W (sinks + window), recompute+W
+    chunk: int = 1024  # tokens per pass
+    name: str | None = None  # of the result's files in evals/ (default: the command and the model)
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of cuda, mps, cpu that is there
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on capable CUDA, else float32
+
+
+@dataclass
+class Perplexity(Common):
+    """Perplexity per token and per word, bits per byte, by position in the text, with the memory that it took."""
+
+    tokens: int = 20000  # of the texts, joined, each followed by the end-of-text token
+    bins: int = 20  # rows of the table by position
+    samples: int = 100  # positions at which recompute+W is evaluated, evenly spread; the others are compared there too
+
+
+@dataclass
+class Stream(Common):
+    """Speed and memory of streaming: parallel passes against token by token, decoding early and late, and for minutes."""
+
+    at: list[int] = field(default_factory=lambda: [1000, 50000])  # tokens of text before the timed decoding
+    new_tokens: int = 100  # decoded at each
+    minutes: float = 0.0  # then stream on for so long, and watch the memory
+    transformers: bool = False  # also time generate() of transformers (installed by you) on the same folder
+
+
+def choose(opt: Common) -> tuple[Place, str]:
+    """Where to compute, and the folder or hub id of the model. ValueError, SystemExit."""
+    place = choose_place(TrainConfig(device=opt.device, dtype=opt.dtype))
+    if opt.run is not None and opt.model is not None:
+        raise SystemExit(f"run {opt.run} and --model {opt.model}: give one of them")
+    return place, str(opt.model or find_checkpoint(opt.run) or SHIPPED)
+
+
+def read_tokens(paths: list[str], tokenizer, n: int) -> tuple[torch.Tensor, int, int]:
+    """The first n tokens of the texts -> ids (n,), and the words and bytes they hold. SystemExit if there are fewer."""
+    files = [f for path in map(Path, paths) for f in (sorted(path.glob("*.txt")) if path.is_dir() else [path])]
+    if not files:
+        raise SystemExit(f"no .txt files in {' '.join(paths)}: give --text a file")
+    ids = []
+    for path in files:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise SystemExit(f"cannot read {path}: {e}") from None
+        ids += [*(tokenizer.prefix if not ids else []), *tokenizer.encode(text), tokenizer.eot]
+        if len(ids) >= n:
+            break
+    if len(ids) < n:
+        raise SystemExit(f"{' '.join(paths)} holds {len(ids)} tokens, --tokens is {n}: use more text or --tokens {len(ids)}")
+    text = tokenizer.decode(ids[1:n])  # the targets'
+    return torch.tensor(ids[:n]), len(text.split()), len(text)
+
+
+def overrides(attention: str) -> dict:
+    """"4+1020" -> the fields of GPTConfig that make it so. SystemExit when it cannot be read."""
+    if attention == "as-is":
+        return {}
+    if attention == "full" or attention.startswith("recompute+"):
+        return dict(attention="full")
+    if match := re.fullmatch(r"(\d+)\+(\d+)", attention):
+        return dict(attention="window", sinks=int(match[1]), window=int(match[2]))
+    raise SystemExit(f"--attention {attention}: write as-is, full, SINKS+WINDOW as in 4+1020, or recompute+WINDOW")
+
+
+def rss() -> int:
+    """Bytes of this process in memory now, 0 where there is no /proc."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    except OSError:
+        return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# perplexity
+
+
+@torch.no_grad()
+def stream_nll(model: GPT, ids: torch.Tensor, chunk: int, title: str = "") -> tuple[torch.Tensor, list[dict]]:
+    """
+    ids (n,) -> nll (n - 1,) float32 on the CPU, of each token after the first given all that the model's state holds
+    of those before it; and after each chunk the position, the state's bytes and the process's.
+    """
+    state, parts, memory = model.new_state(1), [], []
+    device = model.wte.weight.device
+    for at in tqdm(range(0, len(ids) - 1, chunk), title, unit="chunk", leave=False, disable=None):
+        x, y = ids[at:at + chunk][:len(ids) - 1 - at].to(device), ids[at + 1:at + chunk + 1].to(device)
+        parts.append(model(x[None], y[None], state=state, reduction="none")[1][0].float().cpu())
+        memory.append(dict(position=state.position, state=state.nbytes, process=rss()))
+    return torch.cat(parts), memory
+
+
+@torch.no_grad()
+def recompute_nll(model: GPT, ids: torch.Tensor, window: int, positions: list[int], title: str = "") -> torch.Tensor:
+    """nll (len(positions),) of the tokens after `positions`, each from a fresh pass over the `window` tokens up to it."""
+    device, parts = model.wte.weight.device, []
+    for p in tqdm(positions, title, unit="pass", leave=False, disable=None):
+        x = model.hidden(ids[max(0, p + 1 - window):p + 1][None].to(device))[:, -1]
+        logits = F.linear(x, model.output_weight.to(x.dtype)).float()
+        parts.append(F.cross_entropy(logits, ids[p + 1:p + 2].to(device)).cpu())
+    return torch.stack(parts)
+
+
+def perplexity(opt: Perplexity) -> dict:
+    place, name = choose(opt)
+    result = dict(command="perplexity", options=asdict(opt), model=name, variants=[])
+    edges = torch.linspace(0, opt.tokens - 1, opt.bins + 1).round().long().tolist()
+    samples = torch.linspace(opt.tokens // (2 * opt.samples), opt.tokens - 2, opt.samples).long().tolist()
+    for attention in opt.attention:
+        model, tokenizer = load(name, overrides(attention))
+        model.to(place.device, place.dtype)
+        ids, words, nbytes = read_tokens(opt.text, tokenizer, opt.tokens)
+        began, variant = time.perf_counter(), dict(attention=attention)
+        if attention.startswith("recompute+"):
+            nll = recompute_nll(model, ids, int(attention.split("+")[1]), samples, attention)
+            variant |= dict(ppl_at_samples=math.exp(nll.mean()), tok_per_s=len(samples) / (time.perf_counter() - began),
+                            standard_error=float(nll.std() / len(nll)**0.5), sample_nll=nll.tolist())
+        else:
+            nll, memory = stream_nll(model, ids, opt.chunk, attention)
+            variant |= dict(
+                tok_per_s=len(nll) / (time.perf_counter() - began), ppl=math.exp(nll.double().mean()),
+                second_half=math.exp(nll[len(nll) // 2:].double().mean()), word_ppl=math.exp(nll.double().sum() / words),
+                bits_per_byte=float(nll.double().sum()) / math.log(2) / nbytes,
+                ppl_at_samples=math.exp(nll[samples].mean()), sample_nll=nll[samples].tolist(),
+                by_position=[dict(start=a, end=b, ppl=math.exp(nll[a:b].double().mean()))
+                             for a, b in itertools.pairwise(edges)], memory=memory)
+        result["variants"].append(variant)
+        print(f"{attention:>16}  " + "  ".join(f"{key} {variant[key]:.4g}" for key in (
+            "ppl", "second_half", "word_ppl", "bits_per_byte", "ppl_at_samples", "tok_per_s") if key in variant), flush=True)
+    streams = [v for v in result["variants"] if "by_position" in v]
+    for i in range(opt.bins if streams else 0):
+        print(f"{edges[i]:>8}..{edges[i + 1]:<8}" + "".join(f"{v['by_position'][i]['ppl']:>12.3f}" for v in streams))
+    return result
+
+
+def draw_perplexity(result: dict, axes):
+    for variant in result["variants"]:
+        name = variant["attention"]
+        if "by_position" in variant:
+            middle = [(b["start"] + b["end"]) / 2 for b in variant["by_position"]]
+            axes[0].plot(middle, [b["ppl"] for b in variant["by_position"]], label=name)
+            memory = [m for m in variant["memory"]]
+            axes[1].plot([m["position"] for m in memory], [m["state"] / 2**20 for m in memory], label=f"state, {name}")
+        else:
+            axes[0].axhline(variant["ppl_at_samples"], ls="--", c="k", lw=1, label=f"{name}, at samples")
+    axes[0].set(xlabel="position in the text, tokens", ylabel="perplexity", yscale="log")
+    axes[1].set(xlabel="position in the text, tokens", ylabel="memory, MiB", ylim=(0, None))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# streaming
+
+
+def decode_speeds(model: GPT, states: list, tokens: list, n: int) -> list[float]:
+    """
+    Tokens per second of n greedy steps from each state, in turns of ten, so that all meet the same moods of the
+    machine; the median turn counts.
+    """
+    turns = [[] for _ in states]
+    steps = [model.generate(token, None, state, temperature=0) for token, state in zip(tokens, states)]
+    for step in steps:
+        next(step)
+    for _ in range(max(1, n // 10)):
+        for i, step in enumerate(steps):
+            began = time.perf_counter()
+            for _ in range(10):
+                next(step).item()
+            turns[i].append(10 / (time.perf_counter() - began))
+    return [sorted(x)[len(x) // 2] for x in turns]
+
+
+def transformers_speed(folder: str, ids: torch.Tensor, n: int, place) -> float:
+    """Tokens per second of n greedy tokens by transformers' generate after `ids` (T,), the prompt's pass subtracted."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise SystemExit("--transformers needs a package that is not installed: pip install transformers") from None
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=place.dtype).to(place.device).eval()
+    seconds = []
+    for new in (1, n + 1):
+        began = time.perf_counter()
+        model.generate(ids[None].to(place.device), max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        seconds.append(time.perf_counter() - began)
+    return n / (seconds[1] - seconds[0])
+
+
+def watch(model: GPT, state, token, minutes: float) -> list[dict]:
+    """Streams for `minutes` -> every few seconds the position, tokens per second and the process's bytes."""
+    points, began = [], time.perf_counter()
+    last, n = began, 0
+    for token in model.generate(token, None, state, temperature=1.0, seed=1):
+        token.item()
+        n, now = n + 1, time.perf_counter()
+        if now - last >= 5:
+            points.append(dict(seconds=now - began, position=state.position, tok_per_s=n / (now - last), process=rss(),
+                               state=state.nbytes))
+            last, n = now, 0
+        if now - began >= 60 * minutes:
+            return points
+
+
+@torch.no_grad()
+def stream(opt: Stream) -> dict:
+    place, name = choose(opt)
+    result = dict(command="stream", options=asdict(opt), model=name, variants=[])
+    for attention in opt.attention:
+        model, tokenizer = load(name, overrides(attention))
+        model.to(place.device, place.dtype)
+        ids = read_tokens(opt.text, tokenizer, max(max(opt.at), 8 * opt.chunk) + 1)[0].to(place.device)
+        variant = dict(attention=attention, state=model.new_state(1).nbytes)
+        rates = {}
+        for kind, n, chunk in (("parallel", 8 * opt.chunk, opt.chunk), ("token by token", 200, 1)):
+            stream_nll(model, ids[:2 * chunk + 1], chunk)
+            began = time.perf_counter()
+            stream_nll(model, ids[:n + 1], chunk)
+            rates[kind] = n / (time.perf_counter() - began)
+        variant["perplexity_tok_per_s"] = rates
+        print(f"{attention}: state {size(variant['state'])}; perplexity of a text, tok/s: "
+              + ", ".join(f"{kind} {rate:.1f}" for kind, rate in rates.items())
+              + f" ({rates['parallel'] / rates['token by token']:.0f}x)", flush=True)
+        states = [model.new_state(1) for _ in opt.at]
+        for state, at in zip(states, opt.at):
+            for chunk in ids[:at].split(opt.chunk):
+                model.hidden(chunk[None], state=state)
+        tokens = [ids[None, at:at + 1] for at in opt.at]
+        speeds = decode_speeds(model, states, tokens, opt.new_tokens)
+        variant["decode_tok_per_s"] = dict(zip(map(str, opt.at), speeds))
+        print(f"{attention}: decode, tok/s: " + ", ".join(f"{speed:.2f} after {at}" for at, speed in zip(opt.at, speeds)))
+        if opt.transformers:
+            variant["transformers_tok_per_s"] = transformers_speed(name, ids[:opt.at[0]], opt.new_tokens, place)
+            print(f"transformers: decode, tok/s: {variant['transformers_tok_per_s']:.2f} after {opt.at[0]}", flush=True)
+        if opt.minutes:
+            variant["watch"] = points = watch(model, states[-1], tokens[-1], opt.minutes)
+            third = max(1, len(points) // 3)
+            print(f"{attention}: {opt.minutes:g} minutes, {points[-1]['position'] - points[0]['position']} tokens: process "
+                  f"{size(max(p['process'] for p in points[:third]))} at most in the first third, "
+                  f"{size(max(p['process'] for p in points[-third:]))} in the last", flush=True)
+        result["variants"].append(variant)
+    return result
+
+
+def draw_stream(result: dict, axes):
+    for variant in result["variants"]:
+        points = variant.get("watch", [])
+        minutes = [p["seconds"] / 60 for p in points]
+        axes[0].plot(minutes, [p["tok_per_s"] for p in points], label=variant["attention"])
+        axes[1].plot(minutes, [p["process"] / 2**20 for p in points], label=f"process, {variant['attention']}")
+        axes[1].plot(minutes, [p["state"] / 2**20 for p in points], label=f"state, {variant['attention']}")
+    axes[0].set(xlabel="minutes of streaming", ylabel="tokens per second", ylim=(0, None))
+    axes[1].set(xlabel="minutes of streaming", ylabel="memory, MiB", ylim=(0, None))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None):
+    """The command line (argv: without the program's name). SystemExit, one line, for a user's mistake."""
+    opt = tyro.extras.subcommand_cli_from_dict(
+        {"perplexity": Perplexity, "stream": Stream}, prog="eval.py", args=argv, description=__doc__)
+    logging.basicConfig(format="%(message)s")  # to stderr
+    logging.getLogger("nanolong").setLevel(logging.INFO)
+    try:
+        result = perplexity(opt) if isinstance(opt, Perplexity) else stream(opt)
+    except ValueError as e:
+        raise SystemExit(str(e)) from None
+    folder = Path("evals")
+    folder.mkdir(exist_ok=True)
+    stem = folder / (opt.name or f"{result['command']}-{Path(result['model']).resolve().parent.name}")
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1))
+    written = [f"{stem}.json"]
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no picture: pip install matplotlib draws it", file=sys.stderr)
+    elif result["command"] == "perplexity" or opt.minutes:
+        from matplotlib.figure import Figure
+        axes = (figure := Figure(figsize=(11, 4), dpi=120)).subplots(1, 2)
+        (draw_perplexity if result["command"] == "perplexity" else draw_stream)(result, axes)
+        for ax in axes:
+            ax.grid(alpha=0.3)
+            ax.legend()
+        figure.savefig(f"{stem}.png", bbox_inches="tight")
+        written.append(f"{stem}.png")
+    print(f"wrote {' and '.join(written)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
