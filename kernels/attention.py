@@ -573,7 +573,7 @@ RICH_TILES = {
     ("gfx", 2, 256): dict(fwd=(32, 32, 8, 2)),
 }
 SINK_TILES = {(2, 64): (64, 16, 4, 2), (2, 128): (64, 16, 4, 2), (2, 256): (32, 16, 4, 2),  # dk and dv of sinks
-              (4, 64): (32, 16, 4, 2), (4, 128): (16, 16, 4, 2), (4, 256): (16, 16, 8, 1)}
+              (4, 64): (32, 16, 4, 2), (4, 128): (16, 16, 4, 2), (4, 256): (16, 16, 4, 1)}
 SPLIT_BLOCKS = 16  # blocks of rows whose sum over the sinks' gradients one program makes
 
 
