@@ -32,6 +32,8 @@ from model import GPT
 from sample import SHIPPED, find_checkpoint, load, size
 from train import Place, TrainConfig, choose_place
 
+RESULTS = Path("evals")
+
 
 @dataclass
 class Common:
@@ -69,6 +71,8 @@ class Stream(Common):
 def choose(opt: Common) -> tuple[Place, str]:
     """Where to compute, and the folder or hub id of the model. ValueError, SystemExit."""
     place = choose_place(TrainConfig(device=opt.device, dtype=opt.dtype))
+    for attention in opt.attention:
+        overrides(attention)  # before any work
     if opt.run is not None and opt.model is not None:
         raise SystemExit(f"run {opt.run} and --model {opt.model}: give one of them")
     return place, str(opt.model or find_checkpoint(opt.run) or SHIPPED)
@@ -299,16 +303,18 @@ def main(argv: list[str] | None = None):
     """The command line (argv: without the program's name). SystemExit, one line, for a user's mistake."""
     opt = tyro.extras.subcommand_cli_from_dict(
         {"perplexity": Perplexity, "stream": Stream}, prog="eval.py", args=argv, description=__doc__)
+    for name, least in dict(tokens=2, bins=1, samples=1, chunk=1, new_tokens=10, minutes=0).items():
+        if getattr(opt, name, least) < least:
+            raise SystemExit(f"{name} is {getattr(opt, name)}: it must be at least {least}")
     logging.basicConfig(format="%(message)s")  # to stderr
     logging.getLogger("nanolong").setLevel(logging.INFO)
     try:
         result = perplexity(opt) if isinstance(opt, Perplexity) else stream(opt)
     except ValueError as e:
         raise SystemExit(str(e)) from None
-    folder = Path("evals")
-    folder.mkdir(exist_ok=True)
-    stem = folder / (opt.name or f"{result['command']}-{Path(result['model']).resolve().parent.name}")
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1))
+    RESULTS.mkdir(exist_ok=True)
+    stem = RESULTS / (opt.name or f"{result['command']}-{Path(result['model']).resolve().parent.name}")
+    Path(f"{stem}.json").write_text(json.dumps(result, indent=1))
     written = [f"{stem}.json"]
     if importlib.util.find_spec("matplotlib") is None:
         print("no picture: pip install matplotlib draws it", file=sys.stderr)
