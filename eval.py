@@ -248,6 +248,8 @@ def watch(model: GPT, state, token, minutes: float) -> list[dict]:
 @torch.no_grad()
 def stream(opt: Stream) -> dict:
     place, name = choose(opt)
+    if slow := [x for x in opt.attention if x.startswith("recompute+")]:
+        raise SystemExit(f"--attention {slow[0]} keeps no state, there is nothing to stream: leave it to eval.py perplexity")
     result = dict(command="stream", options=asdict(opt), model=name, variants=[])
     for attention in opt.attention:
         model, tokenizer = load(name, overrides(attention))
