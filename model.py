@@ -177,6 +177,9 @@ class KVCache:
             self.k, self.v = (self._grown(x, start, max(64, 2 * start, end)) for x in (self.k, self.v))
         self.k[:, start:end], self.v[:, start:end] = k.detach(), v.detach()
 
+    def commit(self):
+        """Nothing to do: what lies past the state's position is not seen."""
+
     def write_one(self, k, v, slot):
         """k, v (B, 1, G, D) of one token -> the keys and values that it sees, itself included."""
         position = int(slot)
@@ -202,6 +205,7 @@ class WindowCache:
 
     def __init__(self, batch_size, n_kv_head, head_dim, device, dtype, rotated, sinks, window):
         self.rotated, self.sinks, self.window, self.layout = rotated, sinks, window, f"window {window} + {sinks} sinks"
+        self.held = None
         slots = sinks + window + (sinks if rotated else 0)
         self.k = torch.zeros(batch_size, slots, n_kv_head, head_dim, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
@@ -216,15 +220,21 @@ class WindowCache:
         return self.k[:, slots], self.v[:, slots], first
 
     def write(self, k, v, start):
-        S, W, end, k, v = self.sinks, self.window, start + k.shape[1], k.detach(), v.detach()
-        if start < S:
-            self.k[:, start:min(S, end)], self.v[:, start:min(S, end)] = k[:, :S - start], v[:, :S - start]
-        first = min(end, max(S, start, end - W))
-        slots = S + (torch.arange(first, end, device=k.device) - S) % W
-        self.k[:, slots], self.v[:, slots] = k[:, first - start:], v[:, first - start:]
+        """Takes effect at `commit`: what it overwrites is the past of this call, should it be cut short and made again."""
+        S, W, tokens = self.sinks, self.window, torch.arange(start, start + k.shape[1], device=k.device)
+        n_sink = min(max(0, S - start), len(tokens))
+        tokens = torch.cat([tokens[:n_sink], tokens[n_sink:][-W:]])
+        slots = torch.where(tokens < S, tokens, S + (tokens - S) % W)
+        self.held = slots, *(x.detach()[:, tokens - start].to(self.k.dtype) for x in (k, v))
+
+    def commit(self):
+        if self.held is not None:
+            slots, k, v = self.held
+            self.k[:, slots], self.v[:, slots], self.held = k, v, None
 
     def write_one(self, k, v, slot):
         """slot (1,) int64, a tensor so that a CUDA graph can hold it -> the ring."""
+        self.held = None
         self.k.index_copy_(1, slot, k.to(self.k.dtype))
         self.v.index_copy_(1, slot, v.to(self.v.dtype))
         return self.k.to(k.dtype), self.v.to(k.dtype)
@@ -243,11 +253,12 @@ class State:
     memory it holds: constant from the start if every layer is a window, growing with the text with full attention.
     """
 
-    def __init__(self, batch_size: int, layers: list, turns):
+    def __init__(self, batch_size: int, layers: list, turns, about: str):
         self.batch_size = batch_size
         self.position = 0
         self.layers = layers
-        self.turns = turns
+        self.turns, self.about = turns, about
+        self.graphed = None  # a decoding step as a CUDA graph, once generate has made one
         device = layers[0].k.device
         self.at = torch.zeros(1, dtype=torch.int64, device=device)    # the position of the token being decoded
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)  # its slot in the rings
@@ -264,7 +275,12 @@ class State:
             k, v, _ = layer.saved(self.position)
             tensors |= {f"{i}.k": k.contiguous(), f"{i}.v": v.contiguous()}
         save_file(tensors, path, metadata={"position": str(self.position), "rotated": str(self.layers[0].rotated),
-                                           "layers": ", ".join(layer.layout for layer in self.layers)})
+                                           "model": self._model()})
+
+    def _model(self) -> str:
+        """What two models must share for one's state to be the other's."""
+        layers = "; ".join(f"{layer.layout} {(self.batch_size, *layer.k.shape[2:])}" for layer in self.layers)
+        return f"layers (batch, heads, dim) {layers}; {self.about}"
 
     def load(self, path: str) -> dict[str, torch.Tensor]:
         """Fills a new state with what `save` wrote -> `extra`. ValueError when it is of another model or batch size."""
@@ -274,23 +290,22 @@ class State:
                 tensors, meta = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
         except (SafetensorError, OSError) as e:
             raise ValueError(f"{path} cannot be read as a saved state ({e})") from None
-        shape, layers = (self.batch_size, *self.layers[0].k.shape[2:]), ", ".join(layer.layout for layer in self.layers)
-        if not {"position", "rotated", "layers"} <= meta.keys():
+        if not {"position", "rotated", "model"} <= meta.keys():
             raise ValueError(f"{path} is not a saved state")
-        there = (tensors["0.k"].shape[0], *tensors["0.k"].shape[2:])
-        if there != shape or meta["layers"] != layers:
-            raise ValueError(f"{path} is a state of (batch, heads, dim) {there} and layers {meta['layers']}, this one is of "
-                             f"{shape} and layers {layers}: load it with the model and window that it comes from")
-        self.position = int(meta["position"])
-        for i, layer in enumerate(self.layers):
-            k, v = (tensors[f"{i}.{name}"].to(layer.k) for name in "kv")
+        if meta["model"] != self._model():
+            raise ValueError(f"{path} is a state of another model, window or batch size: {meta['model']} there, {self._model()} "
+                             "here; load it with those it comes from")
+        position = int(meta["position"])
+        saved = [[tensors[f"{i}.{name}"].to(layer.k) for name in "kv"] for i, layer in enumerate(self.layers)]
+        for layer, (k, v) in zip(self.layers, saved):
             if (meta["rotated"] == "True") != layer.rotated:  # from the other backend
-                at = layer.saved(self.position)[2].to(k.device)
+                at = layer.saved(position)[2].to(k.device)
                 k = rope(k, at if layer.rotated else -at, self.turns)
             if layer.layout == "full":
                 layer.write(k, v, 0)
             else:
                 layer.k[:, :k.shape[1]], layer.v[:, :v.shape[1]] = k, v
+        self.position = position
         return {name.removeprefix("extra."): x for name, x in tensors.items() if name.startswith("extra.")}
 
 
@@ -312,27 +327,27 @@ class Attention(nn.Module):
         self.wo = Linear(config.n_head * config.head_dim, config.n_embd, bias=config.wo_bias)
         self.sink_logit = nn.Parameter(torch.zeros(config.n_head)) if config.sink_logit else None
 
-    def forward(self, x, turns, slopes, positions, docs, state, start):
+    def forward(self, x, turns, slopes, positions, docs, state, start, whole):
         B, T, _ = x.shape
         H, G = self.n_head, self.n_kv_head
         qkv = self.wqkv(x).view(B, T, H + 2 * G, self.head_dim)
         qk, v = qkv.split([H + G, G], dim=2)  # views
         cache = None if state is None else state.layers[self.layer]
         one = cache is not None and T == 1 and not torch.is_grad_enabled()
-        attend = self.decode if one else self.parallel
-        y = attend(qk, v, turns, slopes, positions, docs, state, cache, start)
+        if one:
+            y = self.decode(qk, v, turns, slopes, positions, state, cache, start)
+        else:
+            y = self.parallel(qk, v, turns, slopes, positions, docs, cache, start, whole)
         if self.sink_logit is not None:
             y = apply_sink_logit(*y, self.sink_logit).to(x.dtype)
         return self.wo(y.reshape(B, T, H * self.head_dim))
 
-    def parallel(self, qk, v, turns, slopes, positions, docs, state, cache, start):
-        """Any number of tokens, after those of the cache if there is one."""
-        H, G, T = self.n_head, self.n_kv_head, v.shape[1]
+    def parallel(self, qk, v, turns, slopes, positions, docs, cache, start, whole):
+        """Any number of tokens, after those of the cache if there is one. whole: the window holds all of them."""
+        H, G = self.n_head, self.n_kv_head
         turned = qk if turns is None else rope(qk, positions, turns)
         q, k = turned.split([H, G], dim=2)
-        window, first = self.window, start
-        if start == 0 and window is not None and T <= self.sinks + window:  # it holds everything: full attention
-            window = None
+        window, first = None if whole else self.window, start
         S = 0 if window is None else self.sinks
         S = self.sink_tokens if docs is not None else S  # a learned token is of no document: a sink to all of them
         k_sink, v_sink = k[:, :S], v[:, :S]
@@ -353,7 +368,7 @@ class Attention(nn.Module):
         return attention(q, k, v, scale=self.scale, window=window, sinks=sinks, alibi_slopes=slopes, q_docs=docs,
                          k_docs=docs, q_start=start, k_start=first, return_lse=self.sink_logit is not None)
 
-    def decode(self, qk, v, turns, slopes, positions, docs, state, cache, start):
+    def decode(self, qk, v, turns, slopes, positions, state, cache, start):
         """One token after those of the cache, without a gradient."""
         H, G, S = self.n_head, self.n_kv_head, self.sinks
         options = dict(scale=self.scale, return_lse=self.sink_logit is not None)
@@ -423,8 +438,9 @@ class GPT(nn.Module):
             if config.position == "alibi":
                 slopes = (alibi_slopes(config.n_head) * config.alibi_scale).view(torch.int32)
         # both buffers are integers, the slopes by their bits: no .to(bfloat16) follows them
-        self.register_buffer("turns", turns, persistent=False)
-        self.register_buffer("slopes", slopes, persistent=False)
+        device = "cpu" if self.wte.weight.is_meta else self.wte.weight.device
+        self.register_buffer("turns", None if turns is None else turns.to(device), persistent=False)
+        self.register_buffer("slopes", None if slopes is None else slopes.to(device), persistent=False)
         # YaRN's factor on q and k goes into the scale: with partial rotary the cosines would miss the other dims
         scale = factor**2 * config.head_dim**-0.5
         self.blocks = nn.ModuleList(Block(config, i, scale) for i in range(config.n_layer))
@@ -460,28 +476,39 @@ class GPT(nn.Module):
         if docs is not None and "window" in self.config.attention and self.config.sinks > self.config.sink_tokens:
             raise ValueError(f"docs with sinks {self.config.sinks} and sink_tokens {self.config.sink_tokens}: the sinks would be "
                              f"the first document's tokens; set sinks to {self.config.sink_tokens}")
+        if positions is not None and self.config.position != "rope":
+            raise ValueError(f"positions are for rotary models, position is {self.config.position!r}: leave them away")
         start = 0 if state is None else state.position
+        x, c = self.wte(idx), self.config
+        n = c.sink_tokens if start == 0 else 0
+        # a window that holds every token, where it counts them itself, is full attention
+        whole = positions is None and start == 0 and n + idx.shape[1] <= c.sinks + c.window
         if positions is None:
             positions = torch.arange(start, start + idx.shape[1], device=idx.device)
-        x = self.wte(idx)
-        n = self.config.sink_tokens if start == 0 else 0
+            if docs is not None and n:  # each document begins right after the learned tokens
+                if c.position == "alibi":
+                    raise ValueError(f"docs with sink_tokens {n} and position 'alibi': its distances run through all documents")
+                begins = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0)) * positions
+                positions = positions - begins.cummax(1).values
         if n:  # the learned tokens come first; the others move up
             x = torch.cat([self.sink_embedding.to(x.dtype).expand(x.shape[0], n, -1), x], 1)
             positions = torch.cat([torch.arange(n, device=idx.device).expand(*positions.shape[:-1], n), positions + n], -1)
             docs = docs if docs is None else F.pad(docs, (n, 0))
-        x = self._blocks(x.to(self.compute_dtype or x.dtype), positions, docs, state, start)
+        x = self._blocks(x.to(self.compute_dtype or x.dtype), positions, docs, state, start, whole)
         if state is not None:  # not before every layer is done: a call that was cut short can be made again
+            for cache in state.layers:
+                cache.commit()
             state.position += x.shape[1]
         return x[:, n:]
 
-    def _blocks(self, x, positions, docs, state, start):
+    def _blocks(self, x, positions, docs, state, start, whole=False):
         slopes = None if self.slopes is None else self.slopes.view(torch.float32)
         if state is not None and x.shape[1] == 1:
             c = self.config
             state.at.copy_(positions)
             state.slot.copy_(torch.where(positions < c.sinks, positions, c.sinks + (positions - c.sinks) % c.window))
         for block in self.blocks:
-            args = x, self.turns, slopes, positions, docs, state, start
+            args = x, self.turns, slopes, positions, docs, state, start, whole
             if self.activation_checkpointing and state is None and torch.is_grad_enabled():
                 x = checkpoint(block, *args, use_reentrant=False)
             else:
@@ -492,8 +519,8 @@ class GPT(nn.Module):
         """
         idx (B, T) int64 -> (logits, loss). Without targets: logits (B, T, V), None. With targets (B, T) int64, the
         token after each one, -100 ignored: None and the cross entropy, in nats, float32, reduced by "mean" (over the
-        targets not ignored), "sum" or "none" (B, T); logits are then never held. positions (T,) or (B, T) int: default
-        0..T-1; the causal order is that of the sequence. docs (B, T) int: attention stays inside a document. state: a
+        targets not ignored), "sum" or "none" (B, T); logits are then never held. positions (T,) or (B, T) int: where
+        rotary models rotate to, default 0..T-1; the causal order and windows are those of the sequence. docs (B, T) int: attention stays inside a document. state: a
         State from new_state, which idx continues and which is advanced.
         """
         x = self.hidden(idx, positions=positions, docs=docs, state=state)
@@ -507,8 +534,10 @@ class GPT(nn.Module):
         dtype = self.compute_dtype or w.dtype
         rotated = c.position == "rope" and not use_triton(w)
         args = batch_size, c.n_kv_head, c.head_dim, w.device, dtype, rotated
-        return State(batch_size, [WindowCache(*args, c.sinks, c.window) if kind == "window" else KVCache(*args)
-                                  for kind in c.layer_kinds], self.turns)
+        about = f"position {c.position} {c.rope_base:g} {c.rope_fraction:g} {c.rope_scaling}, {c.sink_tokens} sink_tokens"
+        with torch.inference_mode(False):  # a state may outlive the mode it was made in
+            layers = [WindowCache(*args, c.sinks, c.window) if kind == "window" else KVCache(*args) for kind in c.layer_kinds]
+            return State(batch_size, layers, self.turns, about)
 
     @torch.no_grad()
     def generate(self, prompt, max_new_tokens=None, state=None, *, temperature=1.0, top_k=None, top_p=None, min_p=None,
@@ -519,7 +548,7 @@ class GPT(nn.Module):
         has seen every token but the last one yielded. temperature 0 takes the likeliest token; top_k, top_p and min_p
         (a fraction of the largest probability) cut the distribution in that order; tokens from vocab_size on (padding
         of the vocabulary) are never drawn. Draws come from `generator`, or a new one with `seed`. cuda_graphs: on a GPU,
-        when every layer is a window, each step is one replay of a captured graph.
+        when every layer is a window, each step but its output layer and draw is one replay of a captured graph.
         """
         if prompt.dim() != 2 or prompt.shape[1] == 0:
             raise ValueError(f"generate: the prompt has shape {tuple(prompt.shape)}, it must be (B, T) with T at least 1")
@@ -536,19 +565,24 @@ class GPT(nn.Module):
             generator.manual_seed(seed) if seed is not None else generator.seed()
         for chunk in prompt.split(1024, dim=1):  # bounds the activations of a long prompt
             x = self.hidden(chunk, state=state)
-        step = self._graphed(state) if cuda_graphs and self.can_graph(state) else lambda token: self.hidden(token, state=state)
         made = 0
         while max_new_tokens is None or made < max_new_tokens:
             logits = F.linear(x[:, -1], self.output_weight.to(x.dtype))[:, :vocab_size].float()
             token = sample_token(logits, generator, temperature, top_k, top_p, min_p)
             yield token
             made += 1
-            if made != max_new_tokens:
-                x = step(token[:, None])
+            if made == max_new_tokens:
+                break
+            if cuda_graphs and self.can_graph(state):
+                state.graphed = state.graphed or self._graphed(state)
+                x = state.graphed(token[:, None])
+            else:
+                x = self.hidden(token[:, None], state=state)
 
     def can_graph(self, state: State) -> bool:
         """Whether a decoding step can be a CUDA graph: on a GPU, by the Triton kernels, with a state that never grows."""
-        return self.wte.weight.is_cuda and all(not c.rotated and c.layout != "full" for c in state.layers)
+        w = self.wte.weight
+        return w.is_cuda and use_triton(w) and all(not c.rotated and c.layout != "full" for c in state.layers)
 
     def _graphed(self, state):
         """-> a function of token (B, 1) like hidden(token, state=state), which replays one captured step."""
@@ -559,20 +593,22 @@ class GPT(nn.Module):
             x = self.wte(token)
             return self.norm_f(self._blocks(x.to(self.compute_dtype or x.dtype), position, None, state, None))
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles the kernels and lets cuBLAS allocate
-            for _ in range(2):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            x = run()
+        with torch.cuda.device(token.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # compiles the kernels and lets cuBLAS allocate
+                for _ in range(2):
+                    run()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                x = run()
 
         def step(new_token):
             token.copy_(new_token)
             position.fill_(state.position)
-            graph.replay()
+            with torch.cuda.device(token.device):
+                graph.replay()
             state.position += 1
             return x
 
@@ -638,8 +674,8 @@ class GPT(nn.Module):
             model = cls(c)
         if c.sink_tokens and not config.get("sink_tokens"):  # learned parts that an override adds
             tensors["sink_embedding"] = torch.randn(c.sink_tokens, c.n_embd) * 0.02
-        if c.sink_logit and not config.get("sink_logit"):
-            tensors |= {f"blocks.{i}.attn.sink_logit": torch.zeros(c.n_head) for i in range(c.n_layer)}
+        if c.sink_logit and not config.get("sink_logit"):  # far below any lse: nothing changes at first
+            tensors |= {f"blocks.{i}.attn.sink_logit": torch.full((c.n_head,), -10.0) for i in range(c.n_layer)}
         have, want = ({name: tuple(x.shape) for name, x in d.items()} for d in (tensors, model.state_dict()))
         wrong = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
         if wrong:

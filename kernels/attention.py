@@ -70,7 +70,8 @@ def _parts(q, k, v, q_sink, k_sink, v_sink, k_docs, causal, window, q_start, k_s
         Tq, Tk = q.shape[1], k.shape[1]
         offset, back = (max(-Tq, min(Tk, distance - n)) for n in (0, window or 0))
         hides = window is not None and back > -Tq
-        return _Part(q, k, v, k_docs, causal, offset, back if hides else None, distance, distance + Tq if cap is None else cap)
+        distance, cap = (distance, distance + Tq) if cap is None else (min(distance, cap), cap)
+        return _Part(q, k, v, k_docs, causal, offset, back if hides else None, distance, cap)
 
     causal = causal or window is not None
     if q_sink is None:
@@ -118,7 +119,7 @@ def _row_blocks(parts):
     if parts[0].back is not None:
         window = parts[0].offset - parts[0].back
         n = max(64, window // 16)
-        keys = min(keys, n + window)
+        keys = min(parts[0].k.shape[1], n + window) + sum(part.k.shape[1] for part in parts[1:])
     n = max(1, min(n, 2**23 // max(1, B * H * keys)))
     return [slice(start, min(Tq, start + n)) for start in range(0, Tq if B else 0, n)]
 
@@ -820,10 +821,12 @@ def attention(q, k, v, *, scale=None, causal=True, window=None, sinks=None, alib
     out_dtype = out_dtype or q.dtype
     if sinks is not None and sinks[0] is q:
         sinks = q.view_as(q), *sinks[1:]  # torch.compile takes no tensor twice
+    if q_docs is not None and k_docs is q_docs:
+        k_docs = q_docs.view_as(q_docs)
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.detach().to(torch.promote_types(q.dtype, torch.float32)).contiguous()
     if use_triton(q):
-        docs = (x if x is None else x.to(torch.int32).contiguous() for x in (q_docs, k_docs))
+        docs = (x if x is None else x.contiguous().to(torch.int32) for x in (q_docs, k_docs))
         out, log2_sum = _Attention.apply(q, k, v, *sinks or 3 * (None,), alibi_slopes, *docs, scale, causal, window,
                                          q_start, k_start, out_dtype, True)
         return (out, log2_sum * LN2.value) if return_lse else out

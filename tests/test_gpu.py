@@ -263,14 +263,17 @@ def test_stream(variant, dtype, tolerance):
 
 
 @on_gpu
-@pytest.mark.parametrize("variant", ["rope", "alibi", "sink logit"])
-def test_cuda_graphs_change_nothing(variant):
-    """Greedy tokens, and the state afterwards, with each step replayed from a graph and without; past evictions."""
-    model, prompt = streaming(variant, torch.float32), torch.randint(0, 61, (2, 5))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("variant", ["rope", "alibi", "sink logit", "sink tokens"])
+def test_cuda_graphs_change_nothing(variant, dtype):
+    """Greedy tokens, and the state afterwards, with each step replayed from a graph and without; in two calls, past
+    evictions."""
+    model, prompt = streaming(variant, torch.float32).to(dtype), torch.randint(0, 61, (2, 5))
     states = [model.new_state(2), model.new_state(2)]
     assert model.can_graph(states[0])
-    tokens = [torch.stack(list(model.generate(prompt, 60, state, temperature=0, cuda_graphs=on)))
+    tokens = [torch.stack([*model.generate(prompt, 40, state, temperature=0, cuda_graphs=on),
+                           *model.generate(prompt, 20, state, temperature=0, cuda_graphs=on)])
               for on, state in zip((True, False), states)]
-    assert torch.equal(*tokens) and states[0].position == states[1].position == 64
+    assert torch.equal(*tokens) and states[0].position == states[1].position == 68 + model.config.sink_tokens
     for a, b in zip(states[0].layers, states[1].layers):
         assert torch.equal(a.k, b.k) and torch.equal(a.v, b.v)

@@ -46,15 +46,21 @@ def layers_of(model, feed):
     return [torch.cat(outputs, 1) for outputs in seen] + [logits]
 
 
-def fed_in(model, idx, sizes):
-    state, parts, sizes, at = model.new_state(idx.shape[0]), [], itertools.cycle(sizes), 0
-    size = state.nbytes
+def fed_on(model, idx, state, at, sizes):
+    parts, sizes = [], itertools.cycle(sizes)
     while at < idx.shape[1]:
         n = next(sizes)
         parts.append(model(idx[:, at:at + n], state=state)[0])
         at += n
-    assert "full" in model.config.attention or state.nbytes == size > 0
     return torch.cat(parts, 1)
+
+
+def fed_in(model, idx, sizes):
+    state = model.new_state(idx.shape[0])
+    size = state.nbytes
+    logits = fed_on(model, idx, state, 0, sizes)
+    assert "full" in model.config.attention or state.nbytes == size > 0
+    return logits
 
 
 def assert_same(actual, expected, tolerance):
@@ -185,6 +191,49 @@ def test_training(variant):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("n", [1, 15, 30])
+@pytest.mark.parametrize("seen", [0, 5, 20])
+def test_a_call_cut_short_can_be_made_again(seen, n):
+    model, idx = tiny("hybrid"), torch.randint(0, 61, (1, 60))
+    state, whole = model.new_state(1), model(idx)[0]
+    if seen:
+        model(idx[:, :seen], state=state)
+    hook = model.blocks[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(idx[:, seen:seen + n], state=state)
+    hook.remove()
+    again = fed_on(model, idx, state, seen, [n, 1, 7])
+    torch.testing.assert_close(again, whole[:, seen:], rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_custom_positions():
+    """Logits do not depend on how many tokens follow, whatever the positions; only rotary models take any."""
+    model, idx = tiny("sink tokens"), torch.randint(0, 61, (1, 40))
+    whole = model(idx, positions=torch.arange(40) * 7)[0]
+    for n in (9, 10, 11, 12, 25):
+        torch.testing.assert_close(model(idx[:, :n], positions=torch.arange(n) * 7)[0], whole[:, :n], rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="positions are for rotary models, position is 'alibi'"):
+        tiny("alibi")(idx, positions=torch.arange(40))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("variant, docs", [("hybrid", None), ("sink tokens", torch.int32), ("sink tokens", torch.int64)])
+def test_compiles_whole(variant, docs, backend, monkeypatch):
+    monkeypatch.setenv("NANOLONG_KERNELS", backend)
+    torch.compiler.reset()
+    model, (idx, targets) = tiny(variant, torch.float32, sinks=2), torch.randint(0, 61, (2, 1, 30))
+    docs = None if docs is None else (torch.arange(30)[None] // 13).to(docs)
+    compiled, results = torch.compile(model, fullgraph=True, backend="aot_eager"), []
+    for f in (model, compiled):
+        loss = f(idx, targets, docs=docs)[1]
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    torch.compiler.reset()
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("variant", ["rope", "hybrid"])
 def test_future_leak(variant):
     """Tokens from t on are replaced: logits before t do not change by a bit."""
@@ -196,15 +245,17 @@ def test_future_leak(variant):
 
 
 @torch.no_grad()
-def test_documents_share_the_learned_sink():
-    model = tiny("sink tokens", sinks=2)
-    idx = torch.randint(0, 61, (1, 45))
-    together = model(idx, docs=torch.tensor([[0] * 13 + [1] * 32]))[0]
-    idx[:, :13] = torch.randint(0, 61, (1, 13))
-    again = model(idx, docs=torch.tensor([[0] * 13 + [1] * 32]))[0]
-    assert torch.equal(together[:, 13:], again[:, 13:]) and not torch.allclose(together[:, :13], again[:, :13])
+@pytest.mark.parametrize("attention", ["window", "full"])
+def test_documents_share_the_learned_sink(attention):
+    """Packed with others, a document's logits are those of the document alone, the learned tokens right before it."""
+    model, idx = tiny("sink tokens", sinks=2, attention=attention), torch.randint(0, 61, (1, 45))
+    docs = torch.tensor([[0] * 13 + [1] * 20 + [2] * 12])
+    alone = torch.cat([model(part)[0] for part in idx.split([13, 20, 12], 1)], 1)
+    torch.testing.assert_close(model(idx, docs=docs)[0], alone, rtol=1e-9, atol=1e-9)
     model.sink_embedding += 1
-    assert not torch.allclose(model(idx, docs=torch.tensor([[0] * 13 + [1] * 32]))[0][:, 13:], again[:, 13:])
+    assert not torch.allclose(model(idx, docs=docs)[0][:, 13:], alone[:, 13:])
+    with pytest.raises(ValueError, match="docs with sink_tokens 2 and position 'alibi'"):
+        tiny("sink tokens", sinks=2, position="alibi")(idx, docs=docs)
     with pytest.raises(ValueError, match="docs with sinks 3 and sink_tokens 0.*set sinks to 0"):
         tiny("rope")(idx, docs=torch.zeros(1, 45, dtype=torch.int64))
 
@@ -241,10 +292,13 @@ def test_saved_state_goes_on_bit_by_bit(variant, tmp_path, monkeypatch):
 def test_a_wrong_state_is_one_line(tmp_path):
     path = str(tmp_path / "state")
     tiny("rope").new_state(1).save(path)
-    for state, message in ((tiny("rope").new_state(2), r"\(1, 2, 8\).*this one is of \(2, 2, 8\)"),
-                           (tiny("rope", window=10).new_state(1), r"window 9 \+ 3 sinks.*window 10 \+ 3 sinks")):
+    for state, message in ((tiny("rope").new_state(2), r"\(1, 2, 8\).* there, .*\(2, 2, 8\).* here; load it with"),
+                           (tiny("rope", window=10).new_state(1), r"window 9 \+ 3 sinks.*window 10 \+ 3 sinks"),
+                           (tiny("rope", rope_base=5e5).new_state(1), r"rope 10000 .*rope 500000 "),
+                           (tiny("rope", position="alibi").new_state(1), "rope 10000 .*alibi")):
         with pytest.raises(ValueError, match=message):
             state.load(path)
+        assert state.position == 0
     (tmp_path / "cut").write_bytes((tmp_path / "state").read_bytes()[:100])
     for name in ("cut", "absent"):
         with pytest.raises(ValueError, match=f"{name} cannot be read as a saved state"):
