@@ -535,3 +535,15 @@ def test_wrong_arguments(change, message):
     x = torch.zeros(1, 8, 2, 16)
     with pytest.raises(ValueError, match="sinks are torch.float32, torch.float16, torch.float16, q is torch.float32"):
         attention(x, x, x, sinks=(x, x.half(), x.half()))
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_alibi_far_into_a_text(backend, monkeypatch):
+    """Positions around 2^31 give what positions around 1000 give: only distances and the cache's positions count."""
+    monkeypatch.setenv("NANOLONG_KERNELS", backend)
+    q, k, v, k_sink, v_sink = (torch.randn(1, n, 2, 16, dtype=torch.float64) for n in (40, 55, 55, 3, 3))
+    options = dict(window=16, sinks=(q, k_sink, v_sink), alibi_slopes=torch.tensor([0.3, 0.05]))
+    near = attention(q, k, v, q_start=1000, k_start=985, **options)
+    for start in (2**31 - 60, 2**31 - 10, 2**31 + 100, 2**40):
+        far = attention(q, k, v, q_start=start, k_start=start - 15, **options)
+        torch.testing.assert_close(far, near, rtol=1e-12, atol=1e-12)
