@@ -8,7 +8,7 @@ What a model can do with a long text, as a table, a JSON file and a picture.
 The model is chosen as in sample.py. `--attention` lists what is compared: `full`; S+W, a
 window of W tokens with S sinks (StreamingLLM, arXiv 2309.17453); `recompute+W`, each token predicted from a fresh pass
 over the W before it, the slow way that streaming stands in for, at sampled positions; without it the model as it is.
-Results go to evals/<name>.json and .png. Needs matplotlib for the picture.
+Results go to evals/<name>.json, after each of them, and .png. Needs matplotlib for the picture.
 """
 
 import importlib.util
@@ -16,6 +16,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import re
 import sys
 import time
@@ -73,9 +74,23 @@ def choose(opt: Common) -> tuple[Place, str]:
     place = choose_place(TrainConfig(device=opt.device, dtype=opt.dtype))
     for attention in opt.attention:
         overrides(attention)  # before any work
+    if opt.name is not None and "/" in opt.name:
+        raise SystemExit(f"--name {opt.name} is the stem of files in {RESULTS}/: leave the / away")
+    if isinstance(opt, Stream) and opt.transformers and importlib.util.find_spec("transformers") is None:
+        raise SystemExit("--transformers needs a package that is not installed: pip install transformers")
     if opt.run is not None and opt.model is not None:
         raise SystemExit(f"run {opt.run} and --model {opt.model}: give one of them")
     return place, str(opt.model or find_checkpoint(opt.run) or SHIPPED)
+
+
+def stem_of(opt: Common, name: str) -> str:
+    """evals/<name>, or evals/<command>-<the model's last two folders>."""
+    return str(RESULTS / (opt.name or "-".join([type(opt).__name__.lower(), *Path(name).resolve().parts[-2:]])))
+
+
+def save(opt: Common, result: dict):
+    RESULTS.mkdir(exist_ok=True)
+    Path(f"{stem_of(opt, result['model'])}.json").write_text(json.dumps(result, indent=1))
 
 
 def read_tokens(paths: list[str], tokenizer, n: int) -> tuple[torch.Tensor, int, int]:
@@ -89,7 +104,7 @@ def read_tokens(paths: list[str], tokenizer, n: int) -> tuple[torch.Tensor, int,
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
             raise SystemExit(f"cannot read {path}: {e}") from None
-        ids += [*(tokenizer.prefix if not ids else []), *tokenizer.encode(text), tokenizer.eot]
+        ids += [*tokenizer.prefix, *tokenizer.encode(text), tokenizer.eot]
         if len(ids) >= n:
             break
     if len(ids) < n:
@@ -102,17 +117,19 @@ def overrides(attention: str) -> dict:
     """"4+1020" -> the fields of GPTConfig that make it so. SystemExit when it cannot be read."""
     if attention == "as-is":
         return {}
-    if attention == "full" or attention.startswith("recompute+"):
+    if attention == "full" or re.fullmatch(r"recompute\+[1-9]\d*", attention):
         return dict(attention="full")
     if match := re.fullmatch(r"(\d+)\+(\d+)", attention):
         return dict(attention="window", sinks=int(match[1]), window=int(match[2]))
     raise SystemExit(f"--attention {attention}: write as-is, full, SINKS+WINDOW as in 4+1020, or recompute+WINDOW")
 
 
-def rss() -> int:
-    """Bytes of this process in memory now, 0 where there is no /proc."""
+def memory_now(device: torch.device) -> int:
+    """Bytes of GPU memory in tensors, or of this process in memory; 0 on a CPU without /proc."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
 
@@ -132,7 +149,7 @@ def stream_nll(model: GPT, ids: torch.Tensor, chunk: int, title: str = "") -> tu
     for at in tqdm(range(0, len(ids) - 1, chunk), title, unit="chunk", leave=False, disable=None):
         x, y = ids[at:at + chunk][:len(ids) - 1 - at].to(device), ids[at + 1:at + chunk + 1].to(device)
         parts.append(model(x[None], y[None], state=state, reduction="none")[1][0].float().cpu())
-        memory.append(dict(position=state.position, state=state.nbytes, process=rss()))
+        memory.append(dict(position=state.position, state=state.nbytes, process=memory_now(device)))
     return torch.cat(parts), memory
 
 
@@ -171,6 +188,7 @@ def perplexity(opt: Perplexity) -> dict:
                 by_position=[dict(start=a, end=b, ppl=math.exp(nll[a:b].double().mean()))
                              for a, b in itertools.pairwise(edges)], memory=memory)
         result["variants"].append(variant)
+        save(opt, result)
         print(f"{attention:>16}  " + "  ".join(f"{key} {variant[key]:.4g}" for key in (
             "ppl", "second_half", "word_ppl", "bits_per_byte", "ppl_at_samples", "tok_per_s") if key in variant), flush=True)
     streams = [v for v in result["variants"] if "by_position" in v]
@@ -185,8 +203,9 @@ def draw_perplexity(result: dict, axes):
         if "by_position" in variant:
             middle = [(b["start"] + b["end"]) / 2 for b in variant["by_position"]]
             axes[0].plot(middle, [b["ppl"] for b in variant["by_position"]], label=name)
-            memory = [m for m in variant["memory"]]
-            axes[1].plot([m["position"] for m in memory], [m["state"] / 2**20 for m in memory], label=f"state, {name}")
+            at = [m["position"] for m in variant["memory"]]
+            for key in ("process", "state"):
+                axes[1].plot(at, [m[key] / 2**20 for m in variant["memory"]], label=f"{key}, {name}")
         else:
             axes[0].axhline(variant["ppl_at_samples"], ls="--", c="k", lw=1, label=f"{name}, at samples")
     axes[0].set(xlabel="position in the text, tokens", ylabel="perplexity", yscale="log")
@@ -217,10 +236,7 @@ def decode_speeds(model: GPT, states: list, tokens: list, n: int) -> list[float]
 
 def transformers_speed(folder: str, ids: torch.Tensor, n: int, place) -> float:
     """Tokens per second of n greedy tokens by transformers' generate after `ids` (T,), the prompt's pass subtracted."""
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        raise SystemExit("--transformers needs a package that is not installed: pip install transformers") from None
+    from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=place.dtype).to(place.device).eval()
     seconds = []
     for new in (1, n + 1):
@@ -237,11 +253,12 @@ def watch(model: GPT, state, token, minutes: float) -> list[dict]:
     for token in model.generate(token, None, state, temperature=1.0, seed=1):
         token.item()
         n, now = n + 1, time.perf_counter()
-        if now - last >= 5:
-            points.append(dict(seconds=now - began, position=state.position, tok_per_s=n / (now - last), process=rss(),
-                               state=state.nbytes))
+        done = now - began >= 60 * minutes
+        if done or now - last >= 5:
+            points.append(dict(seconds=now - began, position=state.position, tok_per_s=n / (now - last),
+                               process=memory_now(token.device), state=state.nbytes))
             last, n = now, 0
-        if now - began >= 60 * minutes:
+        if done:
             return points
 
 
@@ -284,6 +301,7 @@ def stream(opt: Stream) -> dict:
                   f"{size(max(p['process'] for p in points[:third]))} at most in the first third, "
                   f"{size(max(p['process'] for p in points[-third:]))} in the last", flush=True)
         result["variants"].append(variant)
+        save(opt, result)
     return result
 
 
@@ -314,9 +332,7 @@ def main(argv: list[str] | None = None):
         result = perplexity(opt) if isinstance(opt, Perplexity) else stream(opt)
     except ValueError as e:
         raise SystemExit(str(e)) from None
-    RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / (opt.name or f"{result['command']}-{Path(result['model']).resolve().parent.name}")
-    Path(f"{stem}.json").write_text(json.dumps(result, indent=1))
+    stem = stem_of(opt, result["model"])
     written = [f"{stem}.json"]
     if importlib.util.find_spec("matplotlib") is None:
         print("no picture: pip install matplotlib draws it", file=sys.stderr)

@@ -72,6 +72,8 @@ class GPTConfig:
                 if value not in known:
                     pattern = " or a comma-separated pattern of them" if name == "attention" else ""
                     raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(known)}{pattern}")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps is {self.norm_eps}: it must be more than 0")
         if "window" in self.attention and self.sinks and self.sinks + self.window > self.block_size:
             raise ValueError(f"sinks {self.sinks} + window {self.window} is more than block_size {self.block_size}: no such "
                              f"distance to a sink was ever trained; set window to {max(1, self.block_size - self.sinks)}")
@@ -680,8 +682,10 @@ class GPT(nn.Module):
         wrong = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
         if wrong:
             name = wrong[0]
-            raise ValueError(f"the weights in {folder} do not fit its config.json: {name} is {have.get(name, 'missing')} there, "
-                             f"the model has {want.get(name, 'no such tensor')} ({len(wrong)} tensors differ)")
+            options = ", ".join(f"{key}={value}" for key, value in overrides.items() if config.get(key) != value)
+            raise ValueError(f"the weights in {folder} do not fit {f'with {options}' if options else 'its config.json'}: {name} "
+                             f"is {have.get(name, 'missing')} there, the model has {want.get(name, 'no such tensor')} "
+                             f"({len(wrong)} tensors differ)")
         model.load_state_dict(tensors, assign=True)
         return model.requires_grad_()
 

@@ -63,7 +63,7 @@ def test_perplexity_command(tmp_path, monkeypatch, capsys):
 def test_stream_command(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "RESULTS", tmp_path)
     main(["stream", "--model", STORIES, "--text", BOOK, "--attention", "4+60", "--at", "50", "400", "--new-tokens", "20",
-          "--chunk", "64", "--minutes", "0.1", "--name", "y"])
+          "--chunk", "64", "--minutes", "0.02", "--name", "y"])
     variant = json.loads((tmp_path / "y.json").read_text())["variants"][0]
     assert set(variant["decode_tok_per_s"]) == {"50", "400"} and variant["watch"][-1]["position"] > 420
     assert variant["perplexity_tok_per_s"]["parallel"] > variant["perplexity_tok_per_s"]["token by token"]
@@ -75,6 +75,7 @@ def test_stream_command(tmp_path, monkeypatch):
     (["--text", "nowhere.txt"], "cannot read nowhere.txt"), (["--text", "config"], "no .txt files in config"),
     (["--tokens", "10000000"], "tokens, --tokens is 10000000: use more text or --tokens"),
     (["a", "--model", "b"], "run a and --model b: give one of them"), (["--attention", "4+600"], "set window to 508"),
+    (["--attention", "recompute+x"], "--attention recompute.x: write"), (["--name", "a/b"], "--name a/b is the stem"),
     (["--tokens", "1"], "tokens is 1: it must be at least 2"), (["--chunk", "0"], "chunk is 0: it must be at least 1")])
 def test_mistakes(argv, message, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "RESULTS", tmp_path)
