@@ -377,13 +377,16 @@ def data_identity(data: tuple[TokenFile, TokenFile, Tokenizer]) -> dict:
 
 
 def save_checkpoint(run: Path, step: int, model: GPT, optimizer: torch.optim.AdamW, config: TrainConfig,
-                    progress: dict):
-    """Writes run/step_<step>/ under another name, onto the disk, renames it, and drops all but the newest `keep`."""
+                    progress: dict, tokenizer: Tokenizer):
+    """Writes run/step_<step>/, which needs no other folder, under another name, onto the disk, renames it, and drops
+    all but the newest `keep`."""
     folder = run / f"step_{step:07d}"
     tmp = run / f".tmp_{folder.name}"
     for stale in run.glob(".tmp_step_*"):  # a process was killed while it wrote
         shutil.rmtree(stale)
-    model.save_pretrained(str(tmp), extra={"tokenizer": config.tokenizer})
+    model.save_pretrained(str(tmp), extra=None if tokenizer.files else {"tokenizer": tokenizer.name})
+    for name, content in tokenizer.files.items():
+        (tmp / name).write_bytes(content)
     names = {p: name for name, p in model.named_parameters()}
     state = {f"{key}.{names[p]}": x for p, s in optimizer.state.items() for key, x in s.items()}
     save_file(state, tmp / "optimizer.safetensors")
@@ -409,7 +412,7 @@ def fsync(path: Path):
     os.close(fd)
 
 
-def load_checkpoint(folder: Path, wanted: GPTConfig, config: TrainConfig) -> tuple[GPT, dict, dict]:
+def load_checkpoint(folder: Path, wanted: GPTConfig, tokenizer: Tokenizer) -> tuple[GPT, dict, dict]:
     """-> model, optimizer's tensors, train.json. ValueError, one line: damaged, or of another model or tokenizer."""
     older = [p for p in checkpoints(folder.parent) if p.name < folder.name]
     hint = f"an older one: --resume={older[-1]} --name=ANOTHER" if older else "there is no older one"
@@ -418,7 +421,7 @@ def load_checkpoint(folder: Path, wanted: GPTConfig, config: TrainConfig) -> tup
         for key, kind in (("step", int), ("config", dict), ("data", dict)):
             if not isinstance(train[key], kind):
                 raise ValueError(f"train.json says {key} is {train[key]!r}")
-        tokenizer = json.loads((folder / "config.json").read_text()).get("tokenizer")
+        other = load_tokenizer(json.loads((folder / "config.json").read_text()).get("tokenizer", folder))
         model = GPT.from_pretrained(str(folder))
         tensors = load_file(folder / "optimizer.safetensors")
         for name, p in model.named_parameters():
@@ -430,9 +433,9 @@ def load_checkpoint(folder: Path, wanted: GPTConfig, config: TrainConfig) -> tup
         why = f"{e} is missing" if isinstance(e, KeyError) else " ".join(str(e).split())
         raise ValueError(f"checkpoint {folder} is damaged: {why}; {hint}") from None
     differ = [(f.name, getattr(model.config, f.name), getattr(wanted, f.name)) for f in fields(GPTConfig)]
-    if tokenizer != config.tokenizer and load_tokenizer(tokenizer).tag != load_tokenizer(config.tokenizer).tag:
-        differ.insert(0, ("tokenizer", tokenizer, config.tokenizer))
     differ = [d for d in differ if d[1] != d[2]]
+    if other.tag != tokenizer.tag:
+        differ.insert(0, ("tokenizer", other.name, tokenizer.name))
     if differ:
         raise ValueError(f"checkpoint {folder} is of another model than these options make: "
                          + ", ".join(f"{name} {there} there, {here} here" for name, there, here in differ))
@@ -629,7 +632,7 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
             if wandb_run is not None:
                 wandb_run.log(record, step=done)
             if saving:
-                save_checkpoint(run, done, model, optimizer, config, progress)
+                save_checkpoint(run, done, model, optimizer, config, progress, tokenizer)
         lap = lap and (done, time.perf_counter())
     if wrong:
         return 1, f"{wrong} at step {done}: try a smaller --lr or a longer --warmup-steps"
@@ -640,7 +643,7 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
                    f"{record['val_loss']:.4f} nats/token, {record['val_bits_per_byte']:.4f} bits/byte; "
                    f"next: python sample.py {run}")
     if place.rank == 0 and done and not (run / f"step_{done:07d}").exists():
-        save_checkpoint(run, done, model, optimizer, config, progress)
+        save_checkpoint(run, done, model, optimizer, config, progress, tokenizer)
     number = caught[0] if caught else signal.SIGTERM  # none here: another rank's
     return 128 + number, (f"stopped by {signal.Signals(number).name} after step {done}/{config.max_steps}; to go on, "
                           f"add --name={run.name} --resume=auto to the same command")
@@ -663,7 +666,7 @@ def setup(args: list[str], memory: MemoryHandler) -> tuple:
     run, checkpoint = from_rank0(place, find_run, config, stem)
     start, tensors, changed = 0, None, []
     if checkpoint is not None:
-        model, tensors, saved = load_checkpoint(checkpoint, model.config, config)
+        model, tensors, saved = load_checkpoint(checkpoint, model.config, tokenizer)
         start = saved["step"]
         if start >= config.max_steps:
             raise ValueError(f"{checkpoint} is at step {start}, --max-steps is {config.max_steps}: nothing is left")

@@ -33,25 +33,28 @@ GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # GPT-2's pattern as tiktoken writes it, possessive for speed. A run of 10^6 spaces or newlines overflows its stack.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")  # in the order they are looked for
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")  # what data/chat.py reads
 
 
 class Tokenizer:
     """
     name          str, what load_tokenizer was given
-    tag           str, short and fit for a file name: "byte", "gpt2", or <folder>-<8 digits of its sha256>, so that
-                  two tokenizer.json of one name never share token files
+    tag           str, short and fit for a file name: "byte", "gpt2", or tokenizer-<8 digits of a sha256>, that of
+                  tokenizer.json and eot: copies of a tokenizer share token files, different ones never do
     vocab_size    int, every id is below it
     eot           int, the id that ends a document; decodes to nothing
     stop          set of int, all ids that end a text: eot, a chat model's end of turn
     prefix        list of int, what the tokenizer itself puts before every text: begin-of-text, or nothing
     token_nbytes  (vocab_size,) int64, the bytes each id stands for, 0 for control tokens. Over the ids of a text it
                   sums to the text's bytes, but for what a tokenizer.json adds: Llama 2's puts a space before each text
+    files         {name: content} of a folder that load_tokenizer loads as this same tokenizer; none for byte and gpt2
     """
 
     def __init__(self, name: str, tag: str, token_bytes: list[bytes], eot: int,
-                 encode: Callable[[str, bool], list[int]], stop: Iterable[int] = (), prefix: Iterable[int] = ()):
+                 encode: Callable[[str, bool], list[int]], stop: Iterable[int] = (), prefix: Iterable[int] = (),
+                 files: dict[str, bytes] | None = None):
         self.name, self.tag, self.vocab_size, self.eot = name, tag, len(token_bytes), eot
-        self.stop, self.prefix = {eot, *stop}, list(prefix)
+        self.stop, self.prefix, self.files = {eot, *stop}, list(prefix), files or {}
         self.token_nbytes = np.array([len(b) for b in token_bytes], dtype=np.int64)
         self._token_bytes, self._encode = token_bytes, encode
 
@@ -139,8 +142,10 @@ def _from_tokenizer_json(path: Path) -> Tokenizer:
         token_bytes[token["id"]] = b"" if token["special"] else token["content"].encode("utf-8")
     for i in stop:
         token_bytes[i] = b""
-    stem = path.resolve().parent.name if path.stem == "tokenizer" else path.stem
-    tag = f"{re.sub(r'[^A-Za-z0-9_-]', '_', stem)[:32]}-{hashlib.sha256(raw).hexdigest()[:8]}"
+    tag = f"tokenizer-{hashlib.sha256(raw + b'%d' % eot).hexdigest()[:8]}"
+    files = {file.name: file.read_bytes() for file in map(path.with_name, BESIDE) if file.is_file()}
+    ends = json.dumps({"eos_token_id": [eot, *sorted(stop - {eot})]})
+    files |= {"tokenizer.json": raw, "generation_config.json": ends.encode()}
 
     def encode(text, control):
         hf.encode_special_tokens = not control  # True: special tokens in the text are text
@@ -148,7 +153,7 @@ def _from_tokenizer_json(path: Path) -> Tokenizer:
 
     example = hf.encode("a", add_special_tokens=True)
     prefix = itertools.takewhile(lambda i: i in special.values(), example.ids)
-    return Tokenizer(str(path), tag, token_bytes, eot, encode, stop, prefix)
+    return Tokenizer(str(path), tag, token_bytes, eot, encode, stop, prefix, files)
 
 
 def _end_ids(path: Path, vocab_size: int) -> list[int]:

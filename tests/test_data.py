@@ -267,7 +267,7 @@ def test_byte_level_tokenizer_json(tmp_path):
     path.write_text(json.dumps(spec))
     tokenizer = load_tokenizer(path)
     assert (tokenizer.name, tokenizer.vocab_size, tokenizer.eot) == (str(path), 401, spec["model"]["vocab"]["</s>"])
-    assert tokenizer.tag == "my_model-" + hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    assert tokenizer.tag == "tokenizer-" + hashlib.sha256(path.read_bytes() + b"%d" % tokenizer.eot).hexdigest()[:8]
     check_bytes(tokenizer, HARD_TEXT)
     check_bytes(tokenizer, "".join(map(chr, [*range(0x800), *range(0x800, 0xD800, 97), *range(0xE000, 0x110000, 997)])))
     assert {tokenizer.decode([i]) for i in range(400)} >= {bytes([b]) for b in range(256)}
@@ -289,7 +289,7 @@ def test_stories260k_tokenizer_json():
     pytest.importorskip("tokenizers")
     tokenizer = load_tokenizer(STORIES)  # the folder's
     assert load_tokenizer(STORIES / "tokenizer.json").tag == tokenizer.tag
-    assert (tokenizer.vocab_size, tokenizer.eot) == (512, 2) and tokenizer.tag.startswith("stories260k-")
+    assert (tokenizer.vocab_size, tokenizer.eot) == (512, 2) and tokenizer.tag.startswith("tokenizer-")
     assert (tokenizer.prefix, tokenizer.stop) == ([1], {2})
     assert tokenizer.encode("Once upon a time,") == [403, 407, 261, 378, 432]
     assert tokenizer.encode("<s>a", control=True) == [1, 261] and 1 not in tokenizer.encode("<s>a")
@@ -315,6 +315,8 @@ def test_what_ends_a_text(tmp_path):
     path.write_text(json.dumps(spec))
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.eot, tokenizer.stop, tokenizer.prefix) == (1, {1, 2}, [0])
+    (tmp_path / "chat_template.jinja").write_text("x")
+    tags = {}
     for config, generation, eot, stop in (({}, {}, 1, {1, 2}), ({"eos_token_id": None}, {}, 1, {1, 2}),
                                           ({"eos_token_id": 2}, {}, 2, {1, 2}),
                                           ({"eos_token_id": 2}, {"eos_token_id": [3, 2]}, 3, {1, 2, 3})):
@@ -322,8 +324,15 @@ def test_what_ends_a_text(tmp_path):
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
         tokenizer = load_tokenizer(path)
         assert (tokenizer.eot, tokenizer.stop) == (eot, stop)
+        tags[tokenizer.tag] = eot
+        (tmp_path / "copy").mkdir(exist_ok=True)
+        for name, content in tokenizer.files.items():
+            (tmp_path / "copy" / name).write_bytes(content)
+        copy = load_tokenizer(tmp_path / "copy")
+        assert all(getattr(copy, name) == getattr(tokenizer, name) for name in ("tag", "eot", "stop", "prefix", "files"))
         check_bytes(tokenizer, HARD_TEXT)
         assert tokenizer.decode(sorted(stop)) == b"" and tokenizer.encode("a<call>", control=True)[-1] == 3
+    assert sorted(tags.values()) == [1, 2, 3] and "chat_template.jinja" in tokenizer.files
     for wrong in (400, -1, "2", [1, 2.0]):
         (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": wrong}))
         with pytest.raises(ValueError) as error:

@@ -23,6 +23,7 @@ from data.loader import train_batch
 from data.tokenizer import _byte_level_alphabet, load_tokenizer
 from data.tokens import TokenFile, TokenWriter
 from model import GPT, GPTConfig
+from sample import load
 
 ROOT = Path(train.__file__).resolve().parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "NANOLONG_KERNELS": "reference", "TRITON_INTERPRET": "0"}
@@ -350,15 +351,26 @@ def test_init_from_a_hugging_face_folder_and_resume(bare, tmp_path, llama, data)
     whole = records(tmp_path / "whole")
     assert whole[1][0] == pytest.approx(first_loss(model, data), rel=1e-6) and model.config.rope_base == 5000
     saved = json.loads((tmp_path / "whole" / "step_0000004" / "config.json").read_text())
-    assert saved["tokenizer"] == str(llama / "tokenizer.json") and saved["vocab_size"] == 257
+    assert "tokenizer" not in saved and saved["vocab_size"] == 257
     for more in ([], ["--init-from=" + str(tmp_path / "whole" / "step_0000008")]):  # the checkpoint's weights win
         name = f"resumed{len(more)}"
         train.main([*args, *more, f"--name={name}", f"--resume={tmp_path}/whole/step_0000004"])
         assert records(tmp_path / name) == {s: r for s, r in whole.items() if s > 4}
         ours, theirs = (load_file(tmp_path / run / "step_0000008" / "model.safetensors") for run in (name, "whole"))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    message = fails(*args, "--name=other", f"--resume={tmp_path}/whole/step_0000004", "--window=9")
+    start = tmp_path / "whole" / "step_0000004"
+    message = fails(*args, "--name=other", f"--resume={start}", "--window=9")
     assert "window 8 there, 9 here" in message
+    llama.rename(tmp_path / "gone")  # a checkpoint needs no other folder
+    assert load(str(tmp_path / "whole" / "step_0000008"), {})[1].stop == {256}
+    train.main([*args, f"--init-from={start}", "--name=moved", f"--resume={start}"])
+    assert records(tmp_path / "moved") == {s: r for s, r in whole.items() if s > 4}
+    new = [*bare, f"--data={tmp_path}/ids", "--n-layer=2", "--n-embd=32", "--n-head=4", "--n-kv-head=2", "--head-dim=8",
+           "--n-inner=48", "--block-size=32", "--rope-base=5000", "--no-tie-embeddings", "--vocab-multiple=1",
+           "--attention=window", "--window=8", "--sinks=2", "--sink-tokens=1", f"--tokenizer={start}"]
+    train.main([*new, "--name=named", f"--resume={start}"])
+    assert records(tmp_path / "named") == {s: r for s, r in whole.items() if s > 4}
+    assert (tmp_path / "named" / "step_0000008" / "tokenizer.json").is_file()
 
 
 def test_mistakes_about_init_from(bare, tmp_path, whole, llama):
