@@ -12,6 +12,7 @@ left over, each of the shape that the config implies. Where transformers' code a
 Shapes: C = hidden size, H query heads, G key/value heads, D head dim.
 """
 
+import dataclasses
 import json
 import os
 import pickle
@@ -58,6 +59,16 @@ def load_pretrained(name: str | os.PathLike) -> tuple[dict, dict[str, torch.Tens
     does not fit, a damaged file.
     """
     folder = find_folder(os.fspath(name))
+    fields, plan = load_fields(folder)
+    if plan is None:
+        return fields, {field: _float32(field, read()) for field, read in _open_weights(folder)[0].items()}, folder
+    return fields, _load_tensors(folder, fields, plan), folder
+
+
+# ---- config.json
+
+def load_fields(folder: Path) -> tuple[dict, dict | None]:
+    """config.json alone -> load_pretrained's fields, the plan of the tensors (None: a nanolong folder's, as they are)."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -67,9 +78,13 @@ def load_pretrained(name: str | os.PathLike) -> tuple[dict, dict[str, torch.Tens
         raise ValueError(f"{path} is not valid JSON ({e}): the checkpoint is damaged") from None
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind == "nanolong":
-        stored, _ = _open_weights(folder)
-        return ({field: value for field, value in config.items() if field != "model_type"},
-                {field: _float32(field, read()) for field, read in stored.items()}, folder)
+        from model import GPTConfig  # not above: model.py imports this module
+        del config["model_type"]
+        known = {field.name for field in dataclasses.fields(GPTConfig)}
+        for names, what in ((known - config.keys(), "lacks"), (config.keys() - known - {"tokenizer"}, "has unknown")):
+            if names:
+                raise ValueError(f"{path} {what} {', '.join(sorted(names))}: it is damaged, or of another version")
+        return config, None
     families = {"llama": _llama, "mistral": _llama, "qwen2": _llama, "gpt_neox": _gpt_neox, "falcon": _falcon,
                 "mpt": _mpt}
     if not isinstance(kind, str) or kind not in families:
@@ -78,10 +93,8 @@ def load_pretrained(name: str | os.PathLike) -> tuple[dict, dict[str, torch.Tens
     c.take("model_type", (str,))
     fields, plan = families[kind](c, kind)
     c.done()
-    return fields, _load_tensors(folder, fields, plan), folder
+    return fields, plan
 
-
-# ---- config.json
 
 class Config:
     """The fields of a config.json, each taken once, by name and type; done() raises for those nobody took."""
