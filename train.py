@@ -45,7 +45,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import Batch, check_length, eval_batches, prefetch, train_batch
 from data.prepare import prepare_folder
-from data.pretrained import load_pretrained
+from data.pretrained import find_folder, load_fields
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokens import DataError, TokenFile
 from kernels.backend import use_triton
@@ -225,22 +225,24 @@ def from_rank0(place: Place, function, *args):
 def start_model(config: TrainConfig) -> tuple[TrainConfig, GPT, Tokenizer]:
     """-> config with the model's options and the tokenizer filled in, the model before any step, the tokenizer."""
     given = {f.name: value for f in fields(GPTConfig) if (value := getattr(config, f.name, None)) is not None}
-    name = config.tokenizer or "byte"
+    base, name = NEW_MODEL, config.tokenizer or "byte"
     if config.init_from is not None:
-        source = str((checkpoints(Path(config.init_from)) or [config.init_from])[-1])  # of a run the latest
-        base, folder = load_pretrained(source)[::2]
+        steps = checkpoints(Path(config.init_from), MODEL_FILES)  # of a run the latest
+        folder = steps[-1] if steps else find_folder(config.init_from)
+        base = load_fields(folder)[0]
         name = str(config.tokenizer or base.get("tokenizer") or folder / "tokenizer.json")
     tokenizer = load_tokenizer(name)
     multiple = config.vocab_multiple or (64 if config.init_from is None else None)
     if multiple is not None:
         given["vocab_size"] = math.ceil(tokenizer.vocab_size / multiple) * multiple
     torch.manual_seed(config.seed)
+    if "window" not in base.get("attention", "full"):
+        sizes = dict(sinks=GPTConfig.sinks) | base | given
+        given.setdefault("window", max(1, sizes["block_size"] - sizes["sinks"]))
     if config.init_from is None:
-        given = NEW_MODEL | given
-        given.setdefault("window", max(1, given["block_size"] - given["sinks"]))
-        model = GPT(GPTConfig(**given))
+        model = GPT(GPTConfig(**NEW_MODEL | given))
     else:
-        model = GPT.from_pretrained(source, **given)
+        model = GPT.from_pretrained(str(folder), **given)
     c = model.config
     if tokenizer.vocab_size > c.vocab_size:
         raise ValueError(f"tokenizer {name} has {tokenizer.vocab_size} ids, {config.init_from} has a vocabulary of "
@@ -306,12 +308,13 @@ def evaluate(model: GPT, validation: TokenFile, token_nbytes: np.ndarray, config
     return dict(val_loss=nll / tokens, val_bits_per_byte=nll / math.log(2) / max(1, nbytes), val_tokens=int(tokens))
 
 
-CHECKPOINT_FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "train.json")
+MODEL_FILES = ("config.json", "model.safetensors")
+CHECKPOINT_FILES = (*MODEL_FILES, "optimizer.safetensors", "train.json")
 
 
-def checkpoints(run: Path) -> list[Path]:
+def checkpoints(run: Path, files: tuple = CHECKPOINT_FILES) -> list[Path]:
     """The checkpoints of a run, oldest first: a folder is called step_* only when all of it is on the disk."""
-    return sorted(p for p in run.glob("step_*") if all((p / name).is_file() for name in CHECKPOINT_FILES))
+    return sorted(p for p in run.glob("step_*") if all((p / name).is_file() for name in files))
 
 
 def find_run(config: TrainConfig, stem: str) -> tuple[Path, Path | None]:

@@ -68,7 +68,7 @@ def load_pretrained(name: str | os.PathLike) -> tuple[dict, dict[str, torch.Tens
 # ---- config.json
 
 def load_fields(folder: Path) -> tuple[dict, dict | None]:
-    """config.json alone -> load_pretrained's fields, the plan of the tensors (None: a nanolong folder's, as they are)."""
+    """config.json alone -> load_pretrained's fields, and the plan of the tensors (None: they are ours already)."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -84,6 +84,10 @@ def load_fields(folder: Path) -> tuple[dict, dict | None]:
         for names, what in ((known - config.keys(), "lacks"), (config.keys() - known - {"tokenizer"}, "has unknown")):
             if names:
                 raise ValueError(f"{path} {what} {', '.join(sorted(names))}: it is damaged, or of another version")
+        try:
+            GPTConfig(**{field: config[field] for field in known})
+        except (TypeError, AttributeError) as e:
+            raise ValueError(f"{path} holds a value of the wrong type ({e}): it is damaged") from None
         return config, None
     families = {"llama": _llama, "mistral": _llama, "qwen2": _llama, "gpt_neox": _gpt_neox, "falcon": _falcon,
                 "mpt": _mpt}

@@ -309,7 +309,8 @@ def test_our_own_folder(tmp_path):
     assert all(torch.equal(x, tensors[name]) for name, x in model.state_dict().items())
     path, whole = tmp_path / "config.json", dict(fields, model_type="nanolong")
     for change, message in ((dict(rope_base=DROP, attention=DROP), "lacks attention, rope_base"),
-                            (dict(rope_bas=1e4), "has unknown rope_bas"), (dict(extra=None), "has unknown extra")):
+                            (dict(rope_bas=1e4), "has unknown rope_bas"), (dict(extra=None), "has unknown extra"),
+                            (dict(attention=3), "wrong type"), (dict(block_size="x"), "wrong type")):
         path.write_text(json.dumps({name: value for name, value in (whole | change).items() if value is not DROP}))
         refused(tmp_path, path, message)
 

@@ -340,6 +340,13 @@ def test_init_from_a_run(bare, tmp_path, whole, data):
     assert GPT.from_pretrained(str(tmp_path / "other" / "step_0000002")).config == changed.config
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     assert {key: config[key] for key in more} == more and config["position"] == "rope"
+    (whole / "step_0000008" / "optimizer.safetensors").unlink()  # weights are all that is needed
+    (whole / "step_0000006" / "model.safetensors").unlink()
+    model = train.start_model(train.TrainConfig(init_from=str(whole)))[1]
+    assert torch.equal(model.wte.weight, source.wte.weight)
+    for options, window in ((dict(block_size=64, sinks=2), 62), (dict(window=8), 8), ({}, 28)):
+        config = train.TrainConfig(init_from=str(whole), attention="full,window", **options)
+        assert train.start_model(config)[1].config.window == window
 
 
 def test_init_from_a_hugging_face_folder_and_resume(bare, tmp_path, llama, data):
@@ -349,6 +356,7 @@ def test_init_from_a_hugging_face_folder_and_resume(bare, tmp_path, llama, data)
     torch.manual_seed(1)
     model = GPT.from_pretrained(str(llama), attention="window", window=8, sinks=2, sink_tokens=1)
     whole = records(tmp_path / "whole")
+    assert train.start_model(train.TrainConfig(init_from=str(llama), attention="window"))[1].config.window == 28
     assert whole[1][0] == pytest.approx(first_loss(model, data), rel=1e-6) and model.config.rope_base == 5000
     saved = json.loads((tmp_path / "whole" / "step_0000004" / "config.json").read_text())
     assert "tokenizer" not in saved and saved["vocab_size"] == 257
@@ -387,7 +395,7 @@ def test_mistakes_about_init_from(bare, tmp_path, whole, llama):
             ([*args, "--tokenizer=gpt2"], ["gpt2", "50257", "257"]),
             ([*args, "--n-embd=64"], ["do not fit", str(llama)]),
             ([*args, "--vocab-multiple=64"], ["do not fit", "(257, 32)", "(320, 32)"]),
-            ([*args, "--attention=window"], ["sinks 4 + window 1020", "block_size 32", "28"])):
+            ([*args, "--attention=window", "--window=1020"], ["sinks 4 + window 1020", "block_size 32", "28"])):
         message = fails(*options)
         assert all(word in message for word in words), message
     (llama / "tokenizer.json").unlink()
