@@ -3,7 +3,8 @@ From a folder of books to token files: what every data/<set>/prepare.py shares.
 
     <source>/{train,validation,test}/<id>.txt   ->   <out>/{train,validation,test}.<tokenizer tag>.tokens
 
-One document per book, whole, end-of-text after each, in the order of the ids.
+One document per book, whole, between the tokenizer's prefix (begin-of-text, if it has one) and end-of-text, in the
+order of the books' ids.
 """
 
 import contextlib
@@ -62,8 +63,9 @@ def book_order(path: Path) -> tuple[int, str]:
 
 def encode_book(path: Path, tokenizer: Tokenizer) -> np.ndarray:
     """
-    The ids of a UTF-8 file, byte for byte (no newline translation), then end-of-text: (n,) uint32. ValueError when it
-    is not UTF-8, or when a tokenizer.json does not give its bytes back (but for the space that it may put before them).
+    The prefix, the ids of a UTF-8 file, byte for byte (no newline translation), end-of-text: (n,) uint32. ValueError
+    when it is not UTF-8, or when a tokenizer.json does not give its bytes back (but for the space that it may put
+    before them).
     """
     raw = path.read_bytes()
     try:
@@ -76,7 +78,7 @@ def encode_book(path: Path, tokenizer: Tokenizer) -> np.ndarray:
         where = len(os.path.commonprefix([raw, back.removeprefix(b" ") if raw[:1] != b" " else back]))
         raise ValueError(f"{path}: {len(raw)} bytes become {len(back)} in {tokenizer.name}, which loses or changes the "
                          f"text from offset {where} on: use another tokenizer, e.g. gpt2")
-    return np.array(ids + [tokenizer.eot], dtype=np.uint32)
+    return np.array(tokenizer.prefix + ids + [tokenizer.eot], dtype=np.uint32)
 
 
 def _up_to_date(path: Path, books: list[Path], tokenizer: Tokenizer) -> bool:

@@ -400,6 +400,14 @@ def test_prepare_folder_order_and_content(tmp_path):
     assert docs == [[*books[f"train/{i}.txt"].encode("utf-8"), 256] for i in (9, 10, 100)]
 
 
+def test_prepare_folder_puts_the_prefix_before_each_document(tmp_path):
+    pytest.importorskip("tokenizers")
+    tokenizer = load_tokenizer(STORIES)
+    write_books(tmp_path, {"test/1.txt": "Once", "test/2.txt": ""})
+    file = TokenFile(prepare_folder(tmp_path, tmp_path, str(STORIES), splits=("test",))["test"])
+    assert file.tokens[:].tolist() == [1, *tokenizer.encode("Once"), 2, 1, *tokenizer.encode(""), 2]
+
+
 def test_prepare_folder_is_the_same_for_any_number_of_workers(tmp_path):
     write_books(tmp_path, library())
     contents = set()
