@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from data.tokenizer import BESIDE
 from kernels import rope_frequencies
 
 # Fields that do not change what the model computes when it is evaluated: names and versions, how the weights were
@@ -414,6 +415,8 @@ def _open_weights(folder: Path) -> tuple[dict[str, Callable[[], torch.Tensor]], 
                     raise ValueError(f"{index} names {file}, which is not in its folder")
                 stored |= opener(folder / file)
             return stored, index
+        if any(folder.glob(weights.replace(".", "-*-of-*."))):
+            raise ValueError(f"{index} is missing, which names the shards beside it: the checkpoint is incomplete")
     raise ValueError(f"{folder / 'model.safetensors'} is missing, and so are its shards and pytorch_model.bin: the "
                      "checkpoint is incomplete")
 
@@ -454,14 +457,17 @@ def find_folder(name: str) -> Path:
     if path.exists():
         raise ValueError(f"{name} is a file: name the folder that holds it and its config.json")
     namespace = path.parent
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or namespace.is_dir():
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise ValueError(f"{name}: no such folder (a model of the Hugging Face hub has the form namespace/name)")
+    if namespace.is_dir():
+        raise ValueError(f"{name}: no such folder in {namespace}, and that local folder hides what the Hugging Face "
+                         "hub may have by this name: to load it, run from another folder")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ValueError(f"{name} is no folder here, and the Hugging Face hub needs a package that is not installed: "
                          'pip install ".[hf]"') from None
-    texts = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    texts = ["config.json", "generation_config.json", "tokenizer.json", *BESIDE]
     new = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
     old = ["pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"]
     try:

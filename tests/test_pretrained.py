@@ -232,6 +232,8 @@ def test_every_way_to_store_the_weights(tmp_path, weights):
     for text in ("{", "{}", '{"weight_map": [1]}'):
         index.write_text(text)
         refused(folder, index, "damaged")
+    index.unlink()
+    refused(folder, f"{index} is missing")
 
 
 def test_precisions_and_independence_of_the_file(tmp_path, weights):
@@ -407,6 +409,7 @@ def test_names_that_are_no_folder(tmp_path, monkeypatch):
     for name in ("/no/such/folder", "./no", "~/no such", "runs/typo", "typo", "a/b/c", "runs/x/", "C:\\models\\x"):
         refused(name, name, "no such folder")
     refused("file", "file is a file")
+    refused("runs/typo", "that local folder hides", "Hugging Face hub")
     refused("someone/model", "someone/model", 'pip install ".[hf]"')
 
 
@@ -426,7 +429,7 @@ def test_the_hub(tmp_path, monkeypatch):
     fields, _, folder = load_pretrained("someone/stories.260k")
     assert folder == STORIES and fields["n_embd"] == 64
     assert asked[0][0] == "someone/stories.260k" and len(asked) == 1
-    assert {"config.json", "tokenizer.json", "model.safetensors"} <= set(asked[0][1])
+    assert {"config.json", "tokenizer.json", "special_tokens_map.json", "model.safetensors"} <= set(asked[0][1])
     assert not any(fnmatch.fnmatch(file, pattern) for pattern in asked[0][1]
                    for file in ("consolidated.safetensors", "pytorch_model.bin", "model.gguf", "modeling_x.py"))
     stories(tmp_path / "m")
