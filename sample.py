@@ -22,7 +22,6 @@ import codecs
 import hashlib
 import json
 import logging
-import math
 import os
 import random
 import re
@@ -81,12 +80,9 @@ class Options:
 
 
 def check(opt: Options):
-    """SystemExit with one line for the first option that is out of its range or excludes another."""
-    for name, fine, range_ in (("temperature", 0 <= opt.temperature < math.inf, "at least 0"),
-                               ("top_k", opt.top_k is None or opt.top_k >= 1, "at least 1"),
-                               ("top_p", opt.top_p is None or 0 < opt.top_p <= 1, "in (0, 1]"),
-                               ("min_p", opt.min_p is None or 0 <= opt.min_p < 1, "in [0, 1)"),
-                               ("seed", opt.seed is None or 0 <= opt.seed < 2**63, "in [0, 2^63)"),
+    """SystemExit with one line for an option that is out of its range, but for those that GPT.generate checks, or
+    excludes another."""
+    for name, fine, range_ in (("seed", opt.seed is None or 0 <= opt.seed < 2**63, "in [0, 2^63)"),
                                ("window", opt.window is None or opt.window >= 1, "at least 1"),
                                ("sinks", opt.sinks is None or opt.sinks >= 0, "at least 0"),
                                ("max_new_tokens", opt.max_new_tokens is None or opt.max_new_tokens >= 1, "at least 1")):
@@ -99,8 +95,9 @@ def check(opt: Options):
                        (opt.system is not None and not opt.chat, "--system is the first message of a chat: add --chat"),
                        (opt.json and opt.max_new_tokens is None, "--json prints one object at the end, an endless "
                         "stream has none: add --max-new-tokens 100"),
-                       (opt.save_state and not Path(opt.save_state).absolute().parent.is_dir(),
-                        f"--save-state {opt.save_state}: there is no such folder")):
+                       (opt.save_state is not None and (Path(opt.save_state).is_dir() or not
+                                                        Path(opt.save_state).absolute().parent.is_dir()),
+                        f"--save-state {opt.save_state}: it must be a file, in a folder that is there")):
         if wrong:
             raise SystemExit(why)
 
@@ -186,18 +183,19 @@ def write(text: str):
 
 
 @contextmanager
-def signals():
+def signals(at_once: bool = False):
     """
     Yields a dict, to which SIGINT and SIGTERM are added: the stream ends between two steps, when its state is whole.
-    One that comes over a second after the first raises KeyboardInterrupt; earlier it is the same, sent twice by a
-    wrapper.
+    One that comes over a second after the first, and with `at_once` the first, raises KeyboardInterrupt; earlier it is
+    the same, sent twice by a wrapper.
     """
     asked = {}
 
     def ask(number, frame):
-        if asked and time.monotonic() - min(asked.values()) > 1:
-            raise KeyboardInterrupt
+        raises = time.monotonic() - min(asked.values()) > 1 if asked else at_once
         asked.setdefault(number, time.monotonic())
+        if raises:
+            raise KeyboardInterrupt
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)
               if signal.getsignal(number) != signal.SIG_IGN}  # as nohup has it
@@ -215,14 +213,20 @@ class Stream:
     state: State
     generator: torch.Generator
     model: torch.Tensor  # its fingerprint
-    pending: list[int] = field(default_factory=list)  # ids that the state has not seen: the last one drawn
+    pending: list[int] = field(default_factory=list)  # ids to feed next: the last one drawn
+    at: int = 0  # the state's position before them
     decoder: codecs.IncrementalDecoder = field(default_factory=partial(codecs.getincrementaldecoder("utf-8"), "replace"))
     asked: dict = field(default_factory=dict)  # the signals that ended it
     warned: bool = False
     took: Counter = field(default_factory=Counter)  # tokens and seconds
 
+    def wait(self, ids: list[int]):
+        self.pending, self.at = ids, self.state.position
+
     def save(self, path: str):
         """Writes `path`, aside and then renamed: it is the older one or the new one, whatever happens. SystemExit."""
+        if self.state.position != self.at:
+            return say(f"not saved: {path}, as the draw of a token failed after its step")
         extra = dict(model=self.model, generator=self.generator.get_state(), pending=torch.tensor(self.pending),
                      utf8=torch.tensor(list(self.decoder.getstate()[0]), dtype=torch.uint8))
         aside = Path(f"{path}.tmp")
@@ -231,8 +235,9 @@ class Stream:
             fsync(aside)
             os.replace(aside, path)
         except Exception as e:  # for a full disk safetensors has an exception of its own
-            aside.unlink(missing_ok=True)
             raise SystemExit(f"cannot write {path}: {e}") from None
+        finally:
+            aside.unlink(missing_ok=True)
         say(f"saved: {path} (--load-state {path} goes on from here)")
 
     def load(self, path: str, draws: bool):
@@ -267,33 +272,32 @@ def stream(model: GPT, tokenizer: Tokenizer, ids: list[int], opt: Options, s: St
     """
     n, begin, start, c = 0, time.perf_counter(), s.state.position, model.config
     ends = () if stop else {*tokenizer.stop, *tokenizer.prefix}
-    s.pending = ids
+    s.wait(ids)
     *chunks, chunk = torch.tensor([ids], device=model.wte.weight.device).split(1024, dim=1)
-    with signals() as s.asked:
-        for early in tqdm(chunks, "prompt", unit="Ki", leave=False, disable=None if len(chunks) > 3 else True):
-            if not s.asked:
-                model.hidden(early, state=s.state)
-                s.pending = s.pending[1024:]
-        for token in () if s.asked else model.generate(
-                chunk, opt.max_new_tokens, s.state, temperature=opt.temperature, top_k=opt.top_k, top_p=opt.top_p,
-                min_p=opt.min_p, vocab_size=tokenizer.vocab_size, generator=s.generator, cuda_graphs=opt.cuda_graphs):
-            token = token.item()  # waits for the GPU, so that the clock is right
-            last = time.perf_counter()
-            first = last if n == 0 else first
-            n += 1
-            s.pending = [] if token in stop else [token]
-            if token in stop:
-                break
-            ended = token in ends
-            text = s.decoder.decode(b"" if ended else tokenizer.decode([token]), final=ended)
-            emit(token, text + "\n\n" if ended else text)
-            if "full" in c.attention and start + len(ids) + n > c.block_size and not s.warned:
-                s.warned = True
-                say(f"\nwarning: {start + len(ids) + n} tokens, trained on block_size {c.block_size}: with full "
-                    "attention the text gets worse from here on, and the state keeps growing; without end and at "
-                    f"constant memory: --window {max(1, c.block_size - 4)} --sinks 4")
-            if s.asked:
-                break
+    for early in tqdm(chunks, "prompt", unit="Ki", leave=False, disable=None if len(chunks) > 3 else True):
+        if not s.asked:
+            model.hidden(early, state=s.state)
+            s.wait(s.pending[1024:])
+    for token in () if s.asked else model.generate(
+            chunk, opt.max_new_tokens, s.state, temperature=opt.temperature, top_k=opt.top_k, top_p=opt.top_p,
+            min_p=opt.min_p, vocab_size=tokenizer.vocab_size, generator=s.generator, cuda_graphs=opt.cuda_graphs):
+        token = token.item()  # waits for the GPU, so that the clock is right
+        last = time.perf_counter()
+        first = last if n == 0 else first
+        n += 1
+        s.wait([] if token in stop else [token])
+        if token in stop:
+            break
+        ended = token in ends
+        text = s.decoder.decode(b"" if ended else tokenizer.decode([token]), final=ended)
+        emit(token, text + "\n\n" if ended else text)
+        if "full" in c.attention and start + len(ids) + n > c.block_size and not s.warned:
+            s.warned = True
+            say(f"\nwarning: {start + len(ids) + n} tokens, trained on block_size {c.block_size}: with full attention "
+                "the text gets worse from here on, and the state keeps growing; without end and at constant memory: "
+                f"--window {max(1, c.block_size - 4)} --sinks 4")
+        if s.asked:
+            break
     s.took.update(prompt_tokens=len(ids), new_tokens=n)
     if n:
         s.took.update(prompt_seconds=first - begin, timed_tokens=n - 1, timed_seconds=last - first)
@@ -325,6 +329,50 @@ def about_state(model: GPT, state: State) -> str:
     grows = 2 * full * c.n_kv_head * c.head_dim * state.layers[0].k.itemsize  # bytes: a key and a value per layer
     rest = "" if full == c.n_layer else f" in {full} of {c.n_layer} layers, the others are constant ({constant})"
     return f"{size(state.nbytes)} now, {size(grows)} per token: attention {c.attention} keeps every key and value{rest}"
+
+
+def run(model, tokenizer, chat: Chat | None, prompt: str | None, ids: list[int], opt: Options, s: Stream):
+    """The chat, or the stream that goes on with `ids`, and at its end the state saved -> for --json its ids and texts."""
+    tokens, texts = [], []
+    echo = s.decoder.decode(b"", final=True) if prompt else ""  # a character that --load-state was amid
+    echo += prompt if prompt and opt.echo and not opt.json else ""
+
+    def emit(token, text):
+        nonlocal echo
+        text, echo = echo + text, ""
+        if opt.json:
+            tokens.append(token)
+            texts.append(text)
+        else:
+            write(text)
+
+    def answer(ids):
+        reply = []
+        with signals() as s.asked:
+            stream(model, tokenizer, s.pending + ids, opt, s, lambda _, text: (reply.append(text), write(text)),
+                   chat.stop)
+            write("\n")
+        return "".join(reply), signal.SIGTERM not in s.asked
+
+    try:
+        if chat:
+            converse(chat, prompt, answer)
+        else:
+            stream(model, tokenizer, ids, opt, s, emit)
+        if not opt.json:
+            say("")  # the text may end in the middle of a line
+    except KeyboardInterrupt:  # it did not wait for the step
+        opt.save_state = None
+        raise
+    except ValueError as e:
+        if not str(e).startswith("generate: "):
+            raise
+        opt.save_state = None
+        raise SystemExit(str(e)) from None
+    finally:
+        if opt.save_state:
+            s.save(opt.save_state)
+    return tokens, texts
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -364,49 +412,21 @@ def main(argv: list[str] | None = None) -> int:
         "cuda graphs: " + ("on (CUDA, and a window in every layer)" if graphs else f"off ({graphs_why})"),
         f"seed: {seed} ({seed_why})", f"state: {about_state(model, s.state)}")
 
-    tokens, texts = [], []
-
-    def emit(token, text):
+    with signals(at_once=opt.chat) as s.asked:
+        tokens, texts = run(model, tokenizer, chat, prompt, ids, opt, s)
+        rates = [s.took[name + "_tokens"] / s.took[name + "_seconds"] if s.took[name + "_seconds"] else None
+                 for name in ("prompt", "timed")]
         if opt.json:
-            tokens.append(token)
-            texts.append(text)
-        else:
-            write(text)
-
-    def answer(ids):
-        reply = []
-        stream(model, tokenizer, s.pending + ids, opt, s, lambda _, text: (reply.append(text), write(text)), chat.stop)
-        write("\n")
-        return "".join(reply), signal.SIGTERM not in s.asked
-
-    try:
-        if chat:
-            converse(chat, prompt, answer)
-        else:
-            cut = s.decoder.decode(b"", final=True) if prompt else ""  # a character that --load-state was amid
-            emit(None, cut + (prompt if prompt and opt.echo and not opt.json else ""))
-            stream(model, tokenizer, ids, opt, s, emit)
-        if not opt.json:
-            say("")  # the text may end in the middle of a line
-    except SystemExit:  # the reader has gone
-        if opt.save_state:
-            s.save(opt.save_state)
-        raise
-    if opt.save_state:
-        s.save(opt.save_state)
-    rates = [s.took[name + "_tokens"] / s.took[name + "_seconds"] if s.took[name + "_seconds"] else None
-             for name in ("prompt", "timed")]
-    if opt.json:
-        step = re.fullmatch(r"step_(\d+)", Path(name).resolve().name)
-        result = {"prompt": prompt or "", "text": "".join(texts), "tokens": tokens[1:-1], "seed": seed,
-                  "prompt_tokens": len(ids), "new_tokens": s.took["new_tokens"], "prompt_tok_per_s": rates[0],
-                  "tok_per_s": rates[1], "stopped": bool(s.asked), "state_bytes": s.state.nbytes, "model": name,
-                  "step": int(step[1]) if step else None}
-        write(json.dumps(result, ensure_ascii=False) + "\n")
-    speeds = [f"{rate:.1f} tok/s" if rate else "too few to time" for rate in rates]
-    say(f"prompt: {s.took['prompt_tokens']} tokens, {speeds[0]}",
-        f"generated: {s.took['new_tokens']} tokens, {speeds[1]}",
-        f"memory: peak {peak_memory(place.device)}, state {size(s.state.nbytes)} after {s.state.position} tokens")
+            step = re.fullmatch(r"step_(\d+)", Path(name).resolve().name)
+            result = {"prompt": prompt or "", "text": "".join(texts), "tokens": tokens[:-1], "seed": seed,
+                      "prompt_tokens": len(ids), "new_tokens": s.took["new_tokens"], "prompt_tok_per_s": rates[0],
+                      "tok_per_s": rates[1], "stopped": bool(s.asked), "state_bytes": s.state.nbytes, "model": name,
+                      "step": int(step[1]) if step else None}
+            write(json.dumps(result, ensure_ascii=False) + "\n")
+        speeds = [f"{rate:.1f} tok/s" if rate else "too few to time" for rate in rates]
+        say(f"prompt: {s.took['prompt_tokens']} tokens, {speeds[0]}",
+            f"generated: {s.took['new_tokens']} tokens, {speeds[1]}",
+            f"memory: peak {peak_memory(place.device)}, state {size(s.state.nbytes)} after {s.state.position} tokens")
     return 130 if s.asked and opt.max_new_tokens and not chat else 0
 
 

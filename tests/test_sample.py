@@ -119,7 +119,7 @@ def test_each_token_is_written_at_once_and_whole(call, script, monkeypatch, ids,
     monkeypatch.setattr(sample, "write", lambda text: (written.append(text), write(text)))
     script(ids)
     code, out, _ = call()
-    assert code == 0 and written == ["", *pieces] and out == "".join(pieces)
+    assert code == 0 and written == pieces and out == "".join(pieces)
 
 
 def test_stdout_is_flushed_after_each_token(script, monkeypatch):
@@ -353,11 +353,10 @@ def test_a_prompt_file_that_cannot_be_read():
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--temperature", "-0.1"], "--temperature is -0.1: it must be at least 0"),
-    (["--temperature", "nan"], "--temperature is nan"), (["--temperature", "inf"], "--temperature is inf"),
-    (["--top-k", "0"], "--top-k is 0: it must be at least 1"),
-    (["--top-p", "0"], "--top-p is 0.0: it must be in (0, 1]"), (["--top-p", "1.01"], "--top-p is 1.01"),
-    (["--min-p", "1"], "--min-p is 1.0: it must be in [0, 1)"), (["--min-p", "-0.1"], "--min-p is -0.1"),
+    (["--temperature", "-0.1"], "temperature is -0.1, it must be at least 0"),
+    (["--temperature", "nan"], "temperature is nan"), (["--top-k", "0"], "top_k is 0, it must be at least 1"),
+    (["--top-p", "0"], "top_p is 0.0, it must be in (0, 1]"), (["--top-p", "1.01"], "top_p is 1.01"),
+    (["--min-p", "1.01"], "min_p is 1.01, it must be in [0, 1]"), (["--min-p", "-0.1"], "min_p is -0.1"),
     (["--seed", "-1"], "--seed is -1"), (["--seed", str(2**63)], f"--seed is {2**63}"),
     (["--max-new-tokens", "0"], "--max-new-tokens is 0: it must be at least 1"),
     (["--json"], "add --max-new-tokens 100"),
@@ -368,7 +367,8 @@ def test_a_prompt_file_that_cannot_be_read():
     (["--chat", "--save-state", "s"], "leave them or --chat away"),
     (["--chat", "--load-state", "s"], "not a conversation"),
     (["--system", "x"], "--system is the first message of a chat: add --chat"),
-    (["--save-state", "none/s"], "--save-state none/s: there is no such folder"),
+    (["--save-state", "none/s"], "--save-state none/s: it must be a file, in a folder that is there"),
+    (["--save-state", "runs"], "--save-state runs: it must be a file"),
     (["--model", "none/of/these"], "cannot load none/of/these: "),
     (["--model", "gone"], "cannot load gone: gone: no such folder"),
     (["--window", "61"], "sinks 4 + window 61 is more than block_size 64"),
@@ -377,8 +377,12 @@ def test_a_prompt_file_that_cannot_be_read():
     (["--chat"], "runs/tiny/step_0000010: tokenizer byte has no chat template: leave --chat away"),
     (["--load-state", "none"], "none cannot be read as a saved state"),
 ])
-def test_an_option_out_of_range(argv, words):
-    assert words in mistake(*argv)
+def test_an_option_out_of_range(argv, words, capfd):
+    assert words in mistake(*argv) and capfd.readouterr().out == ""
+
+
+def test_an_option_out_of_range_writes_no_state():
+    assert "top_k is 0" in mistake("--top-k", "0", "--save-state", "s", "--prompt", "x") and not Path("s").exists()
 
 
 @pytest.mark.parametrize("argv", [["--top-p", "1"], ["--min-p", "0"], ["--top-k", "1000"], ["--seed", str(2**63 - 1)]])
@@ -679,15 +683,66 @@ def test_a_write_that_fails_leaves_the_older_state(call, monkeypatch, where):
     assert Path("s").read_bytes() == before and not Path("s.tmp").exists()
 
 
-def test_a_second_signal_does_not_wait(call, script, monkeypatch):
-    clock = iter([0.0, 0.5, 2.0, 2.0])
-    monkeypatch.setattr(sample.time, "monotonic", lambda: next(clock))
-    with sample.signals() as asked:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # the same one, from a wrapper
-        assert list(asked) == [signal.SIGINT]
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_signal_sent_twice_is_one_and_one_sent_again_does_not_wait(monkeypatch, at_once):
+    now = 0.0
+    monkeypatch.setattr(sample.time, "monotonic", lambda: now)
+    raised = []
+    with sample.signals(at_once) as asked:
+        for now, sig in ((0.0, signal.SIGINT), (0.5, signal.SIGINT), (1.5, signal.SIGTERM)):
+            try:
+                signal.raise_signal(sig)
+            except KeyboardInterrupt:
+                raised.append(now)
+    assert asked == {signal.SIGINT: 0.0, signal.SIGTERM: 1.5} and raised == ([0.0, 1.5] if at_once else [1.5])
+
+
+def test_a_signal_sent_twice_loses_nothing(call, monkeypatch):
+    """The second comes when the state is being written, or the report."""
+    for where in ("save", "nbytes"):
+        inner = getattr(State, where)
+
+        def again(*args):
+            signal.raise_signal(signal.SIGINT)
+            return inner.fget(*args) if where == "nbytes" else inner(*args)
+        with monkeypatch.context() as m:
+            m.setattr(State, where, property(again) if where == "nbytes" else again)
+            m.setattr(sample, "about_state", lambda *_: "")
+            m.setattr(sample, "write", lambda text: signal.raise_signal(signal.SIGINT))
+            code, _, err = call("--save-state", where)
+        assert code == 0 and "saved: " in err and "\nmemory: " in err
+        assert call("--load-state", where, "--max-new-tokens", "2")[0] == 0 and not list(Path(".").glob("*.tmp"))
+
+
+def test_a_signal_sent_again_amid_the_write_leaves_the_older_state(call, monkeypatch):
+    call("--max-new-tokens", "3", "--save-state", "s")
+    before, save = Path("s").read_bytes(), State.save
+    monkeypatch.setattr(sample, "fsync", lambda path: signal.default_int_handler(signal.SIGINT, None))
+    with pytest.raises(KeyboardInterrupt):
+        call("--max-new-tokens", "3", "--save-state", "s")
+    assert Path("s").read_bytes() == before and not Path("s.tmp").exists()
+
+
+@pytest.mark.parametrize("attention", [[], ["--window", "20"]])
+@pytest.mark.parametrize("owner, name, nth, made", [(model_py.MLP, "forward", 1, 0), (model_py.MLP, "forward", 4, 0),
+                                                    (model_py.MLP, "forward", 10, 2), (model_py, "sample_token", 5, 4)])
+def test_an_error_amid_the_stream_loses_nothing(call, monkeypatch, attention, owner, name, nth, made):
+    argv = [*attention, "--prompt", "0123456789" * 300, "--no-echo", "--seed", "2"]  # 3 chunks, 2 layers
+    whole, inner, calls = result(call, *argv, "--max-new-tokens", "30")["text"], getattr(owner, name), []
+
+    def cut(*args):
+        calls.append(args)
+        if len(calls) == nth:
+            raise torch.OutOfMemoryError("none left")
+        return inner(*args)
+    with monkeypatch.context() as m:
+        m.setattr(owner, name, cut)
+        with pytest.raises(torch.OutOfMemoryError):
+            call(*argv, "--save-state", "s")
+    if name == "sample_token":  # its token would be fed twice
+        assert not Path("s").exists()
+    else:
+        assert call(*attention, "--load-state", "s", "--max-new-tokens", str(30 - made))[1] == whole
 
 
 def test_a_state_of_something_else(call, run, checkpoint):
