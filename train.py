@@ -52,8 +52,6 @@ from kernels.backend import use_triton
 from model import GPT, GPTConfig
 
 log = logging.getLogger("nanolong")  # the kernels' too: everything said goes to stdout and to the run's log.txt
-
-
 Flag = Annotated[bool | None, tyro.conf.arg(constructor=bool)]  # --x or --no-x; None: neither was given
 
 
@@ -222,28 +220,23 @@ def from_rank0(place: Place, function, *args):
     return result[0]
 
 
-def start_model(config: TrainConfig) -> tuple[TrainConfig, GPT, Tokenizer]:
-    """-> config with the model's options and the tokenizer filled in, the model before any step, the tokenizer."""
+def choose_model(config: TrainConfig) -> tuple[TrainConfig, GPTConfig, Tokenizer, Path | None]:
+    """-> config with all that it leaves open of the model and the tokenizer, these two, and init_from's folder."""
     given = {f.name: value for f in fields(GPTConfig) if (value := getattr(config, f.name, None)) is not None}
-    base, name = NEW_MODEL, config.tokenizer or "byte"
+    base, folder, name = NEW_MODEL, None, config.tokenizer or "byte"
     if config.init_from is not None:
-        steps = checkpoints(Path(config.init_from), MODEL_FILES)  # of a run the latest
-        folder = steps[-1] if steps else find_folder(config.init_from)
+        folder = [find_folder(config.init_from), *checkpoints(Path(config.init_from), MODEL_FILES)][-1]
         base = load_fields(folder)[0]
         name = str(config.tokenizer or base.get("tokenizer") or folder / "tokenizer.json")
+        base.pop("tokenizer", None)
     tokenizer = load_tokenizer(name)
     multiple = config.vocab_multiple or (64 if config.init_from is None else None)
     if multiple is not None:
         given["vocab_size"] = math.ceil(tokenizer.vocab_size / multiple) * multiple
-    torch.manual_seed(config.seed)
     if "window" not in base.get("attention", "full"):
         sizes = dict(sinks=GPTConfig.sinks) | base | given
         given.setdefault("window", max(1, sizes["block_size"] - sizes["sinks"]))
-    if config.init_from is None:
-        model = GPT(GPTConfig(**NEW_MODEL | given))
-    else:
-        model = GPT.from_pretrained(str(folder), **given)
-    c = model.config
+    c = GPTConfig(**base | given)
     if tokenizer.vocab_size > c.vocab_size:
         raise ValueError(f"tokenizer {name} has {tokenizer.vocab_size} ids, {config.init_from} has a vocabulary of "
                          f"{c.vocab_size}: use the --tokenizer that it was trained with")
@@ -251,7 +244,7 @@ def start_model(config: TrainConfig) -> tuple[TrainConfig, GPT, Tokenizer]:
         raise ValueError(f"mask_documents with sinks {c.sinks} and sink_tokens {c.sink_tokens}: the sinks would be the "
                          f"first document's tokens; use --sinks {c.sink_tokens} or --sink-tokens {c.sinks}")
     resolved = {f.name: getattr(c, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
-    return replace(config, tokenizer=name, vocab_multiple=multiple, **resolved), model, tokenizer
+    return replace(config, tokenizer=name, vocab_multiple=multiple, **resolved), c, tokenizer, folder
 
 
 def open_data(config: TrainConfig, place: Place, tokenizer: Tokenizer) -> tuple[TokenFile, TokenFile, Tokenizer]:
@@ -381,8 +374,7 @@ def data_identity(data: tuple[TokenFile, TokenFile, Tokenizer]) -> dict:
 
 def save_checkpoint(run: Path, step: int, model: GPT, optimizer: torch.optim.AdamW, config: TrainConfig,
                     progress: dict, tokenizer: Tokenizer):
-    """Writes run/step_<step>/, which needs no other folder, under another name, onto the disk, renames it, and drops
-    all but the newest `keep`."""
+    """Writes run/step_<step>/, whole in itself, onto the disk, then gives it its name and drops all but `keep`."""
     folder = run / f"step_{step:07d}"
     tmp = run / f".tmp_{folder.name}"
     for stale in run.glob(".tmp_step_*"):  # a process was killed while it wrote
@@ -435,10 +427,9 @@ def load_checkpoint(folder: Path, wanted: GPTConfig, tokenizer: Tokenizer) -> tu
     except (ValueError, SafetensorError, KeyError, TypeError, AttributeError) as e:
         why = f"{e} is missing" if isinstance(e, KeyError) else " ".join(str(e).split())
         raise ValueError(f"checkpoint {folder} is damaged: {why}; {hint}") from None
-    differ = [(f.name, getattr(model.config, f.name), getattr(wanted, f.name)) for f in fields(GPTConfig)]
+    differ = [("tokenizer", other.tag, tokenizer.tag)]
+    differ += [(f.name, getattr(model.config, f.name), getattr(wanted, f.name)) for f in fields(GPTConfig)]
     differ = [d for d in differ if d[1] != d[2]]
-    if other.tag != tokenizer.tag:
-        differ.insert(0, ("tokenizer", other.name, tokenizer.name))
     if differ:
         raise ValueError(f"checkpoint {folder} is of another model than these options make: "
                          + ", ".join(f"{name} {there} there, {here} here" for name, there, here in differ))
@@ -659,7 +650,7 @@ def setup(args: list[str], memory: MemoryHandler) -> tuple:
     use_triton(torch.empty(0, dtype=place.dtype, device=place.device))  # says which kernels run, or why they cannot
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--wandb needs a package that is not installed: pip install wandb")
-    config, model, tokenizer = start_model(config)
+    config, model_config, tokenizer, base = choose_model(config)
     batch_tokens, n_micro = resolve_batch(config, place.world)
     config = replace(config, batch_tokens=batch_tokens)
     if place.world > 1:  # gloo carries small numbers between CPUs: agreeing on them never waits for a GPU
@@ -668,8 +659,11 @@ def setup(args: list[str], memory: MemoryHandler) -> tuple:
     data = open_data(config, place, tokenizer)
     run, checkpoint = from_rank0(place, find_run, config, stem)
     start, tensors, changed = 0, None, []
-    if checkpoint is not None:
-        model, tensors, saved = load_checkpoint(checkpoint, model.config, tokenizer)
+    if checkpoint is None:
+        torch.manual_seed(config.seed)
+        model = GPT(model_config) if base is None else GPT.from_pretrained(str(base), **asdict(model_config))
+    else:
+        model, tensors, saved = load_checkpoint(checkpoint, model_config, tokenizer)
         start = saved["step"]
         if start >= config.max_steps:
             raise ValueError(f"{checkpoint} is at step {start}, --max-steps is {config.max_steps}: nothing is left")

@@ -329,7 +329,8 @@ def test_what_ends_a_text(tmp_path):
         for name, content in tokenizer.files.items():
             (tmp_path / "copy" / name).write_bytes(content)
         copy = load_tokenizer(tmp_path / "copy")
-        assert all(getattr(copy, name) == getattr(tokenizer, name) for name in ("tag", "eot", "stop", "prefix", "files"))
+        for name in ("tag", "eot", "stop", "prefix", "files"):
+            assert getattr(copy, name) == getattr(tokenizer, name)
         check_bytes(tokenizer, HARD_TEXT)
         assert tokenizer.decode(sorted(stop)) == b"" and tokenizer.encode("a<call>", control=True)[-1] == 3
     assert sorted(tags.values()) == [1, 2, 3] and "chat_template.jinja" in tokenizer.files
