@@ -90,6 +90,7 @@ def check(opt: Options):
             raise SystemExit(f"--{name.replace('_', '-')} is {getattr(opt, name)}: it must be {range_}")
     for wrong, why in ((None not in (opt.run, opt.model), f"run {opt.run} and --model {opt.model}: give one of them"),
                        (opt.chat and opt.json, "--chat writes replies as they come, --json one object: choose one"),
+                       (opt.chat and not opt.echo, "--no-echo: a chat echoes nothing, leave it or --chat away"),
                        (opt.chat and (opt.save_state or opt.load_state), "--save-state and --load-state hold a stream, "
                         "not a conversation: leave them or --chat away"),
                        (opt.system is not None and not opt.chat, "--system is the first message of a chat: add --chat"),
@@ -139,7 +140,8 @@ def find_checkpoint(run: str | None, runs: Path = Path("runs")) -> Path | None:
 def choose_model(opt: Options) -> tuple[str, dict]:
     """-> the folder or hub id to load, the fields of its GPTConfig to replace. Says so if it is the shipped model."""
     fields = {} if opt.window is None else {"attention": "window", "window": opt.window, "sinks": 4}
-    name = opt.model if opt.model is not None else find_checkpoint(opt.run)
+    steps = opt.model is None or any(Path(opt.model).glob("step_*"))  # a run of ours, by its folder
+    name = find_checkpoint(opt.model or opt.run) if steps else opt.model
     if name is None:
         say(f"no run in runs/: streaming from {SHIPPED}, 260K parameters that tell stories; to train one: "
             "python train.py config/quickstart.py")
@@ -155,10 +157,19 @@ def load(name: str, fields: dict) -> tuple[GPT, Tokenizer]:
         if "sinks" in fields and "window" not in model.config.attention:
             raise ValueError(f"--sinks {fields['sinks']} belong to a window, and its attention is full: add --window "
                              f"{max(1, model.config.block_size - fields['sinks'])}")
-        given = json.loads((folder / "config.json").read_text()).get("tokenizer")
-        given = folder if given is None and (folder / "tokenizer.json").is_file() else given
-        if given is None:
+        broken = [name for name, p in model.named_parameters() if not p.detach().sum().isfinite()]
+        if broken:
+            raise ValueError(f"{len(broken)} of its tensors are not finite, {broken[0]} among them: its training "
+                             "diverged, take an earlier step")
+        config = json.loads((folder / "config.json").read_text())
+        given = folder if (folder / "tokenizer.json").is_file() else None
+        given = config["tokenizer"] if config.get("tokenizer") is not None else given
+        if given is None and config["model_type"] == "nanolong":
             raise ValueError('config.json names no tokenizer: add "tokenizer": "byte", "gpt2" or a tokenizer.json')
+        if given is None:
+            convert = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers writes one"
+            old = (folder / "tokenizer.model").is_file()
+            raise ValueError("tokenizer.json is missing" + f"; convert its tokenizer.model: {convert}" * old)
         tokenizer = load_tokenizer(given)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(f"tokenizer {given} has {tokenizer.vocab_size} ids, the model's vocab_size is "
@@ -228,6 +239,7 @@ class Stream:
         if self.state.position != self.at:
             return say(f"not saved: {path}, as the draw of a token failed after its step")
         extra = dict(model=self.model, generator=self.generator.get_state(), pending=torch.tensor(self.pending),
+                     dtype=torch.empty(0, dtype=self.state.layers[0].k.dtype),
                      utf8=torch.tensor(list(self.decoder.getstate()[0]), dtype=torch.uint8))
         aside = Path(f"{path}.tmp")
         try:
@@ -246,6 +258,9 @@ class Stream:
             extra = self.state.load(path)
             if not torch.equal(extra["model"], self.model):
                 raise ValueError(f"{path} is a state of another model: load it with the one that it comes from")
+            there, here = (str(x.dtype)[6:] for x in (extra["dtype"], self.state.layers[0].k))
+            if there != here:
+                raise ValueError(f"{path} is a state in {there}, the model runs in {here}: add --dtype {there}")
             if draws:
                 self.generator.set_state(extra["generator"])
             self.pending = extra["pending"].tolist()
@@ -411,6 +426,10 @@ def main(argv: list[str] | None = None) -> int:
         place.reasons[0], f"dtype: {str(place.dtype)[6:]} ({dtype_why})",
         "cuda graphs: " + ("on (CUDA, and a window in every layer)" if graphs else f"off ({graphs_why})"),
         f"seed: {seed} ({seed_why})", f"state: {about_state(model, s.state)}")
+
+    if "window" in model.config.attention and model.config.window > model.config.block_size:
+        say(f"warning: window {model.config.window}, trained on block_size {model.config.block_size}: distances beyond "
+            "it were never trained")
 
     with signals(at_once=opt.chat) as s.asked:
         tokens, texts = run(model, tokenizer, chat, prompt, ids, opt, s)

@@ -364,6 +364,7 @@ def test_a_prompt_file_that_cannot_be_read():
     (["--sinks", "-1"], "--sinks is -1: it must be at least 0"),
     (["tiny", "--model", "x"], "run tiny and --model x: give one of them"),
     (["--chat", "--json", "--max-new-tokens", "3"], "--chat writes replies as they come, --json one object"),
+    (["--chat", "--no-echo"], "--no-echo: a chat echoes nothing, leave it or --chat away"),
     (["--chat", "--save-state", "s"], "leave them or --chat away"),
     (["--chat", "--load-state", "s"], "not a conversation"),
     (["--system", "x"], "--system is the first message of a chat: add --chat"),
@@ -494,6 +495,38 @@ def test_any_models_folder(call, run):
     assert one["tokens"] == other["tokens"] and other["model"] == "runs/tiny/step_0000010"
     text = result(call, "--model", str(sample.SHIPPED), *greedy[:2], "--max-new-tokens", "20")["text"]
     assert text.startswith(" Once upon a time, there was a little girl")
+
+
+def test_a_pretrained_model_without_a_tokenizer():
+    shutil.copytree(sample.SHIPPED, "llama")
+    os.remove("llama/tokenizer.json")
+    assert mistake("--model", "llama") == "cannot load llama: tokenizer.json is missing"
+    Path("llama/tokenizer.model").touch()
+    assert mistake("--model", "llama").startswith("cannot load llama: tokenizer.json is missing; convert its tokenizer."
+                                                  "model: AutoTokenizer.from_pretrained(folder).save_pretrained(fol")
+
+
+def test_a_run_folder_is_a_model(call, run):
+    copy(run, "step_0000020")
+    (run / "config.json").write_text("{}")  # the run's own
+    assert result(call, "--model", "runs/tiny", "--max-new-tokens", "2")["step"] == 20
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("argv", [[], ["--temperature", "0"]])
+def test_weights_that_diverged(run, value, argv):
+    path = run / "step_0000010/model.safetensors"
+    tensors = load_file(path)
+    tensors["blocks.1.mlp.w_up.weight"][3, 4] = value
+    save_file(tensors, path)
+    assert mistake(*argv) == ("cannot load runs/tiny/step_0000010: 1 of its tensors are not finite, blocks.1.mlp.w_up."
+                              "weight among them: its training diverged, take an earlier step")
+
+
+def test_a_window_beyond_the_block_size_is_told(call):
+    told = "warning: window 65, trained on block_size 64: distances beyond it were never trained\n"
+    argv = ["--sinks", "0", "--max-new-tokens", "70", "--window"]
+    assert call(*argv, "65")[2].count(told) == 1 and "warning" not in call(*argv, "64")[2]
 
 
 @pytest.mark.parametrize("argv, sinks", [([], 4), (["--sinks", "0"], 0), (["--sinks", "9"], 9)])
@@ -762,6 +795,12 @@ def test_a_state_of_something_else(call, run, checkpoint):
     assert mistake("--load-state", "full").startswith("full is a state of another model: load it with the one that it ")
     shutil.copytree(checkpoint, "runs/tiny/step_0000010", dirs_exist_ok=True)
     assert call("--load-state", "full", "--max-new-tokens", "3")[0] == 0
+    assert (mistake("--load-state", "full", "--dtype", "bfloat16") ==
+            "full is a state in float32, the model runs in bfloat16: add --dtype float32")
+    assert call("--max-new-tokens", "3", "--save-state", "half", "--dtype", "bfloat16")[0] == 0
+    assert (mistake("--load-state", "half") ==
+            "half is a state in bfloat16, the model runs in float32: add --dtype bfloat16")
+    assert call("--load-state", "half", "--max-new-tokens", "3", "--dtype", "bfloat16")[0] == 0
     change(run, rope_base=500.0)
     assert "full is a state of another model" in mistake("--load-state", "full")
 
