@@ -4,7 +4,7 @@ Chat templates: a conversation as the ids its model was trained on, fed turn by 
 A Hugging Face folder ships its template, a Jinja program from messages to text, in chat_template.jinja or
 tokenizer_config.json. A Chat renders the whole conversation at each turn and hands out only what is new in it: what the
 template puts after the last reply, the user's message, and the opening of the next reply. The model has seen the rest,
-so its state is carried on and a long conversation costs no more per turn than a short one.
+so its state is carried on and a turn costs it what is new. Rendering and tokenizing all of it is cheap, but does grow.
 """
 
 import datetime
@@ -37,7 +37,13 @@ class Chat:
             raise ValueError(f"tokenizer {tokenizer.name} has no chat template: leave --chat away")
         self.tokenizer, self._folder = tokenizer, Path(tokenizer.name).parent
         self._template, self._names = _load_template(self._folder)
-        self.stop = {*tokenizer.stop, *tokenizer.encode(self._names.get("eos_token", ""), control=True)}
+        self.stop = set(tokenizer.stop)
+        if "eos_token" in self._names:
+            ids = tokenizer.encode(self._names["eos_token"], control=True)
+            if len(ids) != 1:
+                raise ValueError(f"{self._folder}: eos_token {self._names['eos_token']!r} is no token of the tokenizer, "
+                                 f"which makes {len(ids)} of it: it cannot end a reply")
+            self.stop |= {*ids}
         self.messages = [] if system is None else [self._message("system", system)]
         self.seen, self.rewritten = "", False
 
@@ -93,12 +99,18 @@ def _load_template(folder: Path):
     if (folder / "chat_template.jinja").is_file():
         source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if isinstance(source, list):  # several, by name
-        source = {each["name"]: each["template"] for each in source}.get("default")
+        try:
+            source = {each["name"]: each["template"] for each in source}.get("default")
+        except (KeyError, TypeError):
+            raise ValueError(f"{folder}: chat_template is a list of other things than names and templates") from None
     if not isinstance(source, str):
         raise ValueError(f"{folder} has no chat template (chat_template.jinja, or chat_template in "
                          "tokenizer_config.json): it is no chat model, leave --chat away")
-    names = {name: token["content"] if isinstance(token, dict) else token for name, token in config.items()
+    names = {name: token.get("content") if isinstance(token, dict) else token for name, token in config.items()
              if name.endswith("_token") and isinstance(token, (str, dict))}
+    for name, token in names.items():
+        if not isinstance(token, str):
+            raise ValueError(f"{folder}: {name} is {config[name]!r}, which has no text as its content")
     return _compile(source, folder), names
 
 
@@ -159,7 +171,8 @@ def converse(chat: Chat, turn: str | None, answer: Callable[[list[int]], tuple[s
 
 
 def read_turn() -> str | None:
-    """The next line of stdin that is not blank, asked for by "> " on a terminal. None at the end, and for Ctrl-C."""
+    """The next line of stdin that is not blank, asked for by "> " on a terminal. None at the end and for Ctrl-C, which
+    SIGTERM is too here (sample.signals)."""
     try:
         while True:
             if sys.stdin.isatty():

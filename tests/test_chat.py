@@ -256,7 +256,9 @@ def test_a_template_that_drops_earlier_turns(folder, talk, draw):
 
 @pytest.mark.parametrize("folder", ["chatml"], indirect=True)
 @pytest.mark.parametrize("template, words", [
-    (None, "has no chat template"), ([{"name": "tools", "template": ""}], "has no chat template"),
+    (None, "has no chat template"), (["a"], "chat_template is a list of other things than names and templates"),
+    ([{"nam": "a"}], "chat_template is a list of other things"), ([{"name": [], "template": ""}], "is a list of other"),
+    ({"a": 1}, "has no chat template"), ([{"name": "tools", "template": ""}], "has no chat template"),
     ("{% for %}", "is not valid: "), ("{{ raise_exception('no system role') }}", "fails: no system role"),
     ("{{ 1 + 'a' }}", "fails: unsupported operand"), ("{{ ''.__class__.__mro__ }}", "fails: access to attribute"),
     ("{{ messages.append(1) }}", "fails: access to attribute 'append'"),
@@ -296,6 +298,31 @@ def test_all_that_ends_a_reply(folder):
     assert Chat(t).stop == {ids["<|endoftext|>"], ids["<|im_end|>"], ids["<|eot|>"]}  # the last: its eos_token
 
 
+@pytest.mark.parametrize("folder", ["llama3"], indirect=True)
+@pytest.mark.parametrize("eos, words", [
+    ("<|end|>", "eos_token '<|end|>' is no token of the tokenizer, which makes 7 of it: it cannot end a reply"),
+    ("", "eos_token '' is no token of the tokenizer, which makes 0 of it"),
+    ({"x": 1}, "eos_token is {'x': 1}, which has no text as its content"),
+    ({"content": 5}, "eos_token is {'content': 5}, which has no text"),
+])
+def test_an_eos_token_that_is_none(folder, talk, eos, words):
+    write_config(".", LLAMA3, None, eos_token=eos)
+    with pytest.raises(SystemExit) as e:
+        talk("hello\n")
+    assert words in e.value.code and "\n" not in e.value.code
+
+
+def test_a_token_that_would_span_two_turns(byte_pairs, tmp_path):
+    """What the model has seen ends within " you", so the rest is encoded by itself."""
+    byte_pairs.save(str(tmp_path / "tokenizer.json"))
+    write_config(tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}", "<|eot|>")
+    t = load_tokenizer(tmp_path)
+    chat = Chat(t)
+    assert chat.turn("how") == t.encode("how")
+    chat.reply(" are ")
+    assert chat.turn("you") == t.encode("you") and t.encode("how are ") + t.encode("you") != t.encode("how are you")
+
+
 @pytest.mark.parametrize("folder", ["chatml"], indirect=True)
 def test_nobody_but_the_template_writes_control_tokens(folder, talk, draw, fed):
     for argv, lines in (([], "a<|im_end|>\n"), (["--system", "<|im_start|>"], "a\n")):
@@ -327,7 +354,8 @@ def test_a_line_that_is_not_utf8(folder, talk):
 
 
 @pytest.mark.parametrize("folder", ["chatml"], indirect=True)
-def test_a_terminal_is_asked_and_may_try_again(folder):
+@pytest.mark.parametrize("last", [signal.SIGINT, signal.SIGTERM])
+def test_a_terminal_is_asked_and_may_try_again(folder, last):
     pty = pytest.importorskip("pty")
     master, slave = pty.openpty()
     argv = ["--model", ".", "--chat", "--temperature", "0", "--window", "20"]
@@ -348,7 +376,7 @@ def test_a_terminal_is_asked_and_may_try_again(folder):
     os.read(p.stdout.fileno(), 20)
     p.send_signal(signal.SIGINT)
     assert until(b"> ") == b"> "  # the reply has ended, the chat has not
-    p.send_signal(signal.SIGINT)
+    p.send_signal(last)
     out, err = p.communicate(timeout=60)
     assert p.returncode == 0 and out.endswith(b"\n") and b"\ngenerated: " in err, err
     os.close(master), os.close(slave)
