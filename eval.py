@@ -168,7 +168,8 @@ def perplexity(opt: Perplexity) -> dict:
     place, name = choose(opt)
     result = dict(command="perplexity", options=asdict(opt), model=name, variants=[])
     edges = torch.linspace(0, opt.tokens - 1, opt.bins + 1).round().long().tolist()
-    samples = torch.linspace(opt.tokens // (2 * opt.samples), opt.tokens - 2, opt.samples).long().tolist()
+    samples = result["samples"] = torch.linspace(
+        opt.tokens // (2 * opt.samples), opt.tokens - 2, opt.samples).long().tolist()
     for attention in opt.attention:
         model, tokenizer = load(name, overrides(attention))
         model.to(place.device, place.dtype)
@@ -207,7 +208,16 @@ def draw_perplexity(result: dict, axes):
             for key in ("process", "state"):
                 axes[1].plot(at, [m[key] / 2**20 for m in variant["memory"]], label=f"{key}, {name}")
         else:
-            axes[0].axhline(variant["ppl_at_samples"], ls="--", c="k", lw=1, label=f"{name}, at samples")
+            base = next((v for v in result["variants"] if "by_position" in v), None)
+            if base is None:
+                continue
+            # few tokens say little by themselves; their difference from a stream's at the same ones says much
+            difference = torch.tensor(variant["sample_nll"]) - torch.tensor(base["sample_nll"])
+            n = min(6, len(difference))
+            for i, (at, d) in enumerate(zip(torch.tensor(result["samples"]).tensor_split(n), difference.tensor_split(n))):
+                middle = float(at.double().mean())
+                ppl = next(b["ppl"] for b in base["by_position"] if middle <= b["end"]) * math.exp(d.mean())
+                axes[0].plot(middle, ppl, "kx", label=f"{name}, paired" if i == 0 else None)
     axes[0].set(xlabel="position in the text, tokens", ylabel="perplexity", yscale="log")
     axes[1].set(xlabel="position in the text, tokens", ylabel="memory, MiB", ylim=(0, None))
 
@@ -342,7 +352,7 @@ def main(argv: list[str] | None = None):
         (draw_perplexity if result["command"] == "perplexity" else draw_stream)(result, axes)
         for ax in axes:
             ax.grid(alpha=0.3)
-            ax.legend()
+            ax.legend(fontsize="small")
         figure.savefig(f"{stem}.png", bbox_inches="tight")
         written.append(f"{stem}.png")
     print(f"wrote {' and '.join(written)}", file=sys.stderr)
