@@ -303,7 +303,8 @@ def test_files(tmp_path):
         with pytest.raises(ValueError, match=message):
             GPT.from_pretrained(folder, **override)
     right = (tmp_path / "m/config.json").read_text()
-    for text, message in (("[]", "has model_type None"), ('{"model_type": "nanolong", "n_layer": "x"}', "wrong type"),
+    for text, message in (("[]", "has model_type None"), (right.replace('"n_layer": 2', '"n_layer": "x"'), "wrong type"),
+                          (right.replace('"rope_base"', '"rope_bas"'), "rope_bas"),
                           ("{", "not valid JSON")):
         (tmp_path / "m/config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
