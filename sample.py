@@ -80,15 +80,11 @@ class Options:
 
 
 def check(opt: Options):
-    """SystemExit with one line for an option that is out of its range, but for those that GPT.generate checks, or
-    excludes another."""
-    for name, fine, range_ in (("seed", opt.seed is None or 0 <= opt.seed < 2**63, "in [0, 2^63)"),
-                               ("window", opt.window is None or opt.window >= 1, "at least 1"),
-                               ("sinks", opt.sinks is None or opt.sinks >= 0, "at least 0"),
-                               ("max_new_tokens", opt.max_new_tokens is None or opt.max_new_tokens >= 1, "at least 1")):
-        if not fine:
-            raise SystemExit(f"--{name.replace('_', '-')} is {getattr(opt, name)}: it must be {range_}")
+    """SystemExit, one line, for an option that excludes another or has a range that the model does not check."""
     for wrong, why in ((None not in (opt.run, opt.model), f"run {opt.run} and --model {opt.model}: give one of them"),
+                       (not 0 <= (opt.seed or 0) < 2**63, f"--seed is {opt.seed}: it must be in [0, 2^63)"),
+                       (opt.max_new_tokens is not None and opt.max_new_tokens < 1,
+                        f"--max-new-tokens is {opt.max_new_tokens}: it must be at least 1"),
                        (opt.chat and opt.json, "--chat writes replies as they come, --json one object: choose one"),
                        (opt.chat and not opt.echo, "--no-echo: a chat echoes nothing, leave it or --chat away"),
                        (opt.chat and (opt.save_state or opt.load_state), "--save-state and --load-state hold a stream, "
@@ -159,20 +155,17 @@ def load(name: str, fields: dict) -> tuple[GPT, Tokenizer]:
                              f"{max(1, model.config.block_size - fields['sinks'])}")
         broken = [name for name, p in model.named_parameters() if not p.detach().sum().isfinite()]
         if broken:
-            raise ValueError(f"{len(broken)} of its tensors are not finite, {broken[0]} among them: its training "
-                             "diverged, take an earlier step")
+            raise ValueError(f"{broken[0]} is not finite: its training diverged, take an earlier step")
         config = json.loads((folder / "config.json").read_text())
-        given = folder if (folder / "tokenizer.json").is_file() else None
-        given = config["tokenizer"] if config.get("tokenizer") is not None else given
-        if given is None and config["model_type"] == "nanolong":
-            raise ValueError('config.json names no tokenizer: add "tokenizer": "byte", "gpt2" or a tokenizer.json')
-        if given is None:
-            convert = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers writes one"
-            old = (folder / "tokenizer.model").is_file()
-            raise ValueError("tokenizer.json is missing" + f"; convert its tokenizer.model: {convert}" * old)
-        tokenizer = load_tokenizer(given)
+        given = config.get("tokenizer")
+        if given is None and not (folder / "tokenizer.json").is_file():
+            old = "; convert its tokenizer.model: AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of " \
+                  "transformers writes one" if (folder / "tokenizer.model").is_file() else ""
+            raise ValueError("tokenizer.json is missing" + old if config["model_type"] != "nanolong" else
+                             'config.json names no tokenizer: add "tokenizer": "byte", "gpt2" or a tokenizer.json')
+        tokenizer = load_tokenizer(folder if given is None else given)
         if tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(f"tokenizer {given} has {tokenizer.vocab_size} ids, the model's vocab_size is "
+            raise ValueError(f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model's vocab_size is "
                              f"{model.config.vocab_size}: config.json must name the tokenizer it was trained with")
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:  # JSON of other types than it should be
         raise SystemExit(f"cannot load {name}: {' '.join(str(e).split())}") from None
@@ -196,9 +189,8 @@ def write(text: str):
 @contextmanager
 def signals(at_once: bool = False):
     """
-    Yields a dict, to which SIGINT and SIGTERM are added: the stream ends between two steps, when its state is whole.
-    One that comes over a second after the first, and with `at_once` the first, raises KeyboardInterrupt; earlier it is
-    the same, sent twice by a wrapper.
+    Yields a dict, to which SIGINT and SIGTERM are added: the stream ends between two steps. One over a second after
+    the first, and with `at_once` the first, raises KeyboardInterrupt; earlier it is the same, sent twice by a wrapper.
     """
     asked = {}
 
@@ -239,8 +231,8 @@ class Stream:
         if self.state.position != self.at:
             return say(f"not saved: {path}, as the draw of a token failed after its step")
         extra = dict(model=self.model, generator=self.generator.get_state(), pending=torch.tensor(self.pending),
-                     dtype=torch.empty(0, dtype=self.state.layers[0].k.dtype),
-                     utf8=torch.tensor(list(self.decoder.getstate()[0]), dtype=torch.uint8))
+                     utf8=torch.tensor(list(self.decoder.getstate()[0]), dtype=torch.uint8),
+                     dtype=self.state.layers[0].k.new_empty(0))
         aside = Path(f"{path}.tmp")
         try:
             self.state.save(str(aside), extra)
@@ -338,28 +330,23 @@ def peak_memory(device: torch.device) -> str:
 def about_state(model: GPT, state: State) -> str:
     """The state's size, and what of it grows with the text."""
     c, full = model.config, model.config.layer_kinds.count("full")
-    constant = f"window {c.window} + {c.sinks} sinks"
-    if not full:
-        return f"{size(state.nbytes)}, constant ({constant})"
+    constant = f"constant (window {c.window} + {c.sinks} sinks)"
     grows = 2 * full * c.n_kv_head * c.head_dim * state.layers[0].k.itemsize  # bytes: a key and a value per layer
-    rest = "" if full == c.n_layer else f" in {full} of {c.n_layer} layers, the others are constant ({constant})"
-    return f"{size(state.nbytes)} now, {size(grows)} per token: attention {c.attention} keeps every key and value{rest}"
+    rest = "" if full == c.n_layer else f" in {full} of {c.n_layer} layers, the others are {constant}"
+    return f"{size(state.nbytes)}, {constant}" if not full else (
+        f"{size(state.nbytes)} now, {size(grows)} per token: attention {c.attention} keeps every key and value{rest}")
 
 
 def run(model, tokenizer, chat: Chat | None, prompt: str | None, ids: list[int], opt: Options, s: Stream):
-    """The chat, or the stream that goes on with `ids`, and at its end the state saved -> for --json its ids and texts."""
-    tokens, texts = [], []
+    """The chat, or the stream going on with `ids`, and its state saved -> for --json (id, text) of each emit."""
+    made = []
     echo = s.decoder.decode(b"", final=True) if prompt else ""  # a character that --load-state was amid
     echo += prompt if prompt and opt.echo and not opt.json else ""
 
     def emit(token, text):
         nonlocal echo
         text, echo = echo + text, ""
-        if opt.json:
-            tokens.append(token)
-            texts.append(text)
-        else:
-            write(text)
+        made.append((token, text)) if opt.json else write(text)
 
     def answer(ids):
         reply = []
@@ -387,7 +374,7 @@ def run(model, tokenizer, chat: Chat | None, prompt: str | None, ids: list[int],
     finally:
         if opt.save_state:
             s.save(opt.save_state)
-    return tokens, texts
+    return made
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -402,13 +389,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         place = choose_place(TrainConfig(device=opt.device, dtype=opt.dtype))
         use_triton(torch.empty(0, dtype=place.dtype, device=place.device))  # logs the backend before the text begins
-    except ValueError as e:
-        raise SystemExit(str(e)) from None
-    model, tokenizer = load(name, fields)
-    try:
+        model, tokenizer = load(name, fields)
         chat = Chat(tokenizer, opt.system) if opt.chat else None
     except ValueError as e:
-        raise SystemExit(f"cannot chat with {name}: {e}") from None
+        raise SystemExit(str(e)) from None
     mark = fingerprint(model)  # of the weights as the file has them
     model.to(place.device, place.dtype)
     seed = random.SystemRandom().getrandbits(32) if opt.seed is None else opt.seed
@@ -418,26 +402,23 @@ def main(argv: list[str] | None = None) -> int:
         s.load(opt.load_state, draws=opt.seed is None)
         seed, seed_why = (None, "the saved draws go on") if opt.seed is None else (seed, seed_why)
     ids = (s.pending or tokenizer.prefix) + ([] if prompt is None else tokenizer.encode(prompt)) or [tokenizer.eot]
-    dtype_why = "auto: bfloat16 if CUDA computes in it, else float32" if opt.dtype == "auto" else f"--dtype {opt.dtype}"
-    graphs = opt.cuda_graphs and model.can_graph(s.state)
-    graphs_why = "they need CUDA and a window in every layer" if opt.cuda_graphs else "--no-cuda-graphs"
+    graphs = ("off (--no-cuda-graphs)" if not opt.cuda_graphs else "on" if model.can_graph(s.state) else
+              "off (they need CUDA and a window in every layer)")
     say(f"model: {name}, {model.num_params() / 1e6:.2f}M parameters, block_size {model.config.block_size}, "
         f"tokenizer {tokenizer.name}",
-        place.reasons[0], f"dtype: {str(place.dtype)[6:]} ({dtype_why})",
-        "cuda graphs: " + ("on (CUDA, and a window in every layer)" if graphs else f"off ({graphs_why})"),
+        place.reasons[0], f"dtype: {str(place.dtype)[6:]} (--dtype {opt.dtype})", f"cuda graphs: {graphs}",
         f"seed: {seed} ({seed_why})", f"state: {about_state(model, s.state)}")
-
-    if "window" in model.config.attention and model.config.window > model.config.block_size:
-        say(f"warning: window {model.config.window}, trained on block_size {model.config.block_size}: distances beyond "
-            "it were never trained")
-
+    c = model.config
+    if "window" in c.attention and c.window > c.block_size:
+        say(f"warning: window {c.window}, trained on block_size {c.block_size}: distances beyond it were never trained")
     with signals(at_once=opt.chat) as s.asked:
-        tokens, texts = run(model, tokenizer, chat, prompt, ids, opt, s)
+        made = run(model, tokenizer, chat, prompt, ids, opt, s)
         rates = [s.took[name + "_tokens"] / s.took[name + "_seconds"] if s.took[name + "_seconds"] else None
                  for name in ("prompt", "timed")]
         if opt.json:
             step = re.fullmatch(r"step_(\d+)", Path(name).resolve().name)
-            result = {"prompt": prompt or "", "text": "".join(texts), "tokens": tokens[:-1], "seed": seed,
+            result = {"prompt": prompt or "", "text": "".join(text for _, text in made), "seed": seed,
+                      "tokens": [token for token, _ in made[:-1]],
                       "prompt_tokens": len(ids), "new_tokens": s.took["new_tokens"], "prompt_tok_per_s": rates[0],
                       "tok_per_s": rates[1], "stopped": bool(s.asked), "state_bytes": s.state.nbytes, "model": name,
                       "step": int(step[1]) if step else None}

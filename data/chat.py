@@ -41,8 +41,8 @@ class Chat:
         if "eos_token" in self._names:
             ids = tokenizer.encode(self._names["eos_token"], control=True)
             if len(ids) != 1:
-                raise ValueError(f"{self._folder}: eos_token {self._names['eos_token']!r} is no token of the tokenizer, "
-                                 f"which makes {len(ids)} of it: it cannot end a reply")
+                raise ValueError(f"{self._folder}: eos_token {self._names['eos_token']!r} is no token of the "
+                                 f"tokenizer, which makes {len(ids)} of it: it cannot end a reply")
             self.stop |= {*ids}
         self.messages = [] if system is None else [self._message("system", system)]
         self.seen, self.rewritten = "", False

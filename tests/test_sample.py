@@ -360,8 +360,8 @@ def test_a_prompt_file_that_cannot_be_read():
     (["--seed", "-1"], "--seed is -1"), (["--seed", str(2**63)], f"--seed is {2**63}"),
     (["--max-new-tokens", "0"], "--max-new-tokens is 0: it must be at least 1"),
     (["--json"], "add --max-new-tokens 100"),
-    (["--window", "0"], "--window is 0: it must be at least 1"),
-    (["--sinks", "-1"], "--sinks is -1: it must be at least 0"),
+    (["--window", "0"], "window is 0: it must be at least 1"),
+    (["--sinks", "-1"], "sinks is -1: it must be at least 0"),
     (["tiny", "--model", "x"], "run tiny and --model x: give one of them"),
     (["--chat", "--json", "--max-new-tokens", "3"], "--chat writes replies as they come, --json one object"),
     (["--chat", "--no-echo"], "--no-echo: a chat echoes nothing, leave it or --chat away"),
@@ -375,7 +375,7 @@ def test_a_prompt_file_that_cannot_be_read():
     (["--window", "61"], "sinks 4 + window 61 is more than block_size 64"),
     (["--window", "60", "--sinks", "5"], "sinks 5 + window 60 is more than block_size 64"),
     (["--sinks", "2"], "--sinks 2 belong to a window, and its attention is full: add --window 62"),
-    (["--chat"], "runs/tiny/step_0000010: tokenizer byte has no chat template: leave --chat away"),
+    (["--chat"], "tokenizer byte has no chat template: leave --chat away"),
     (["--load-state", "none"], "none cannot be read as a saved state"),
 ])
 def test_an_option_out_of_range(argv, words, capfd):
@@ -519,8 +519,8 @@ def test_weights_that_diverged(run, value, argv):
     tensors = load_file(path)
     tensors["blocks.1.mlp.w_up.weight"][3, 4] = value
     save_file(tensors, path)
-    assert mistake(*argv) == ("cannot load runs/tiny/step_0000010: 1 of its tensors are not finite, blocks.1.mlp.w_up."
-                              "weight among them: its training diverged, take an earlier step")
+    assert mistake(*argv) == ("cannot load runs/tiny/step_0000010: blocks.1.mlp.w_up.weight is not finite: its "
+                              "training diverged, take an earlier step")
 
 
 def test_a_window_beyond_the_block_size_is_told(call):
