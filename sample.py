@@ -432,6 +432,9 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        code = main()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # sent twice, as Python ends
+        sys.exit(code)
     except KeyboardInterrupt:  # before the stream: reading stdin, loading
         sys.exit(130)

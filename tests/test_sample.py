@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -745,6 +746,19 @@ def test_a_signal_sent_twice_loses_nothing(call, monkeypatch):
             code, _, err = call("--save-state", where)
         assert code == 0 and "saved: " in err and "\nmemory: " in err
         assert call("--load-state", where, "--max-new-tokens", "2")[0] == 0 and not list(Path(".").glob("*.tmp"))
+
+
+def test_a_signal_sent_twice_ends_a_process_once():
+    p = start("--window", "20", "--save-state", "s", stdin=subprocess.DEVNULL)
+    os.read(p.stdout.fileno(), 20)
+    p.send_signal(signal.SIGINT)
+    err = b""
+    while b"\nmemory: " not in err and (more := os.read(p.stderr.fileno(), 1000)):  # the report: Python is about to end
+        err += more
+    time.sleep(0.05)
+    p.send_signal(signal.SIGINT)
+    err += p.communicate(timeout=60)[1]
+    assert p.returncode == 0 and b"saved: s" in err and b"Traceback" not in err, err
 
 
 def test_a_signal_sent_again_amid_the_write_leaves_the_older_state(call, monkeypatch):
