@@ -30,7 +30,7 @@ import tyro
 from tqdm import tqdm
 
 from model import GPT
-from sample import SHIPPED, find_checkpoint, load, size
+from sample import SHIPPED, find_model, load, size
 from train import Place, TrainConfig, choose_place
 
 RESULTS = Path("evals")
@@ -80,7 +80,7 @@ def choose(opt: Common) -> tuple[Place, str]:
         raise SystemExit("--transformers needs a package that is not installed: pip install transformers")
     if opt.run is not None and opt.model is not None:
         raise SystemExit(f"run {opt.run} and --model {opt.model}: give one of them")
-    return place, str(opt.model or find_checkpoint(opt.run) or SHIPPED)
+    return place, str(find_model(opt.run, opt.model) or SHIPPED)
 
 
 def stem_of(opt: Common, name: str) -> str:

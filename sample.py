@@ -133,11 +133,18 @@ def find_checkpoint(run: str | None, runs: Path = Path("runs")) -> Path | None:
     raise SystemExit(f"{wrong}; runs with checkpoints: {known}; to train one: python train.py")
 
 
+def find_model(run: str | None, model: str | None) -> str | None:
+    """The folder or hub id that the options RUN and --model mean; None: neither is given, and no run is there."""
+    if model is not None and not any(Path(model).glob("step_*")):  # else a run of ours, by its folder
+        return model
+    found = find_checkpoint(model or run)
+    return None if found is None else str(found)
+
+
 def choose_model(opt: Options) -> tuple[str, dict]:
     """-> the folder or hub id to load, the fields of its GPTConfig to replace. Says so if it is the shipped model."""
     fields = {} if opt.window is None else {"attention": "window", "window": opt.window, "sinks": 4}
-    steps = opt.model is None or any(Path(opt.model).glob("step_*"))  # a run of ours, by its folder
-    name = find_checkpoint(opt.model or opt.run) if steps else opt.model
+    name = find_model(opt.run, opt.model)
     if name is None:
         say(f"no run in runs/: streaming from {SHIPPED}, 260K parameters that tell stories; to train one: "
             "python train.py config/quickstart.py")
