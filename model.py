@@ -504,6 +504,7 @@ class GPT(nn.Module):
         return x[:, n:]
 
     def _blocks(self, x, positions, docs, state, start, whole=False):
+        """The blocks and the last norm. start may be None when one token is decoded from un-rotated rings."""
         slopes = None if self.slopes is None else self.slopes.view(torch.float32)
         if state is not None and x.shape[1] == 1:
             c = self.config
@@ -586,25 +587,29 @@ class GPT(nn.Module):
         w = self.wte.weight
         return w.is_cuda and use_triton(w) and all(not c.rotated and c.layout != "full" for c in state.layers)
 
+    def _decode_step(self, token, position, state):
+        """
+        What a graph captures: token (B, 1), position (1,) int64 on the device -> (B, 1, C). Writes the slot of `position`
+        and leaves state.position alone, so that running it in advance does no harm.
+        """
+        x = self.wte(token)
+        return self._blocks(x.to(self.compute_dtype or x.dtype), position, None, state, None)
+
     def _graphed(self, state):
         """-> a function of token (B, 1) like hidden(token, state=state), which replays one captured step."""
         token = torch.zeros(state.batch_size, 1, dtype=torch.int64, device=self.wte.weight.device)
         position = torch.full((1,), state.position, device=token.device)
-
-        def run():  # overwrites the newest token's slot only, which the next true step fills
-            x = self.wte(token)
-            return self.norm_f(self._blocks(x.to(self.compute_dtype or x.dtype), position, None, state, None))
 
         with torch.cuda.device(token.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # compiles the kernels and lets cuBLAS allocate
                 for _ in range(2):
-                    run()
+                    self._decode_step(token, position, state)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                x = run()
+                x = self._decode_step(token, position, state)
 
         def step(new_token):
             token.copy_(new_token)

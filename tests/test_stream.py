@@ -154,6 +154,23 @@ def test_stream_on_the_kernels(variant, triton_kernels, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("variant", ["rope", "alibi", "sink tokens"])
+def test_the_step_that_a_cuda_graph_captures(variant, triton_kernels):
+    """It depends on the position on the device alone, may run in advance, and is what a call with the state gives."""
+    model, idx = tiny(variant, n_layer=2), torch.randint(0, 61, (2, 20))
+    state, other = model.new_state(2), model.new_state(2)
+    for s in (state, other):
+        model(idx[:, :15], state=s)
+    position = torch.empty(1, dtype=torch.int64)
+    for t in range(15, 20):
+        position.fill_(state.position)
+        model._decode_step(torch.zeros_like(idx[:, :1]), position, state)
+        x = model._decode_step(idx[:, t:t + 1], position, state)
+        state.position += 1
+        assert torch.equal(x, model.hidden(idx[:, t:t + 1], state=other))
+
+
+@torch.no_grad()
 def test_at_ten_million_tokens():
     """Far into a text the stream is what it is near its start: only distances and the cache's positions count."""
     model, idx = tiny("rope", torch.float32), torch.randint(0, 61, (1, 80))
