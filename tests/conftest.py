@@ -9,6 +9,7 @@ their own with TRITON_INTERPRET=0.
 import importlib.util
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `pytest` find
 import pytest
 import torch
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, tests send it
 torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
 
 

@@ -181,7 +181,7 @@ def test_stderr_announces_and_reports(call):
     prompt, generated, memory = after.splitlines()
     assert prompt.startswith("prompt: 3 tokens, ") and prompt.endswith(" tok/s")
     assert generated.startswith("generated: 10 tokens, ") and generated.endswith(" tok/s")
-    assert memory.startswith("memory: peak ") and memory.endswith(" MiB, state 32.0 KiB after 12 tokens")
+    assert re.fullmatch(r"memory: peak [\d.]+ [MG]iB, state 32.0 KiB after 12 tokens", memory)
 
 
 @pytest.mark.parametrize("n_prompt, n_new, warnings", [(4, 60, 0), (4, 61, 1), (4, 90, 1), (70, 3, 1)])
