@@ -165,6 +165,7 @@ def recompute_nll(model: GPT, ids: torch.Tensor, window: int, positions: list[in
 
 
 def perplexity(opt: Perplexity) -> dict:
+    """Evaluates and prints each of opt.attention -> what the JSON file holds. ValueError, SystemExit."""
     place, name = choose(opt)
     result = dict(command="perplexity", options=asdict(opt), model=name, variants=[])
     edges = torch.linspace(0, opt.tokens - 1, opt.bins + 1).round().long().tolist()
@@ -199,6 +200,7 @@ def perplexity(opt: Perplexity) -> dict:
 
 
 def draw_perplexity(result: dict, axes):
+    """Perplexity and memory by position, on two axes."""
     for variant in result["variants"]:
         name = variant["attention"]
         if "by_position" in variant:
@@ -274,6 +276,7 @@ def watch(model: GPT, state, token, minutes: float) -> list[dict]:
 
 @torch.no_grad()
 def stream(opt: Stream) -> dict:
+    """Times and prints each of opt.attention -> what the JSON file holds. ValueError, SystemExit."""
     place, name = choose(opt)
     if slow := [x for x in opt.attention if x.startswith("recompute+")]:
         raise SystemExit(f"--attention {slow[0]} keeps no state, there is nothing to stream: leave it to eval.py perplexity")
@@ -316,6 +319,7 @@ def stream(opt: Stream) -> dict:
 
 
 def draw_stream(result: dict, axes):
+    """Speed and memory by minutes of streaming, on two axes."""
     for variant in result["variants"]:
         points = variant.get("watch", [])
         minutes = [p["seconds"] / 60 for p in points]

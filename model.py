@@ -330,6 +330,10 @@ class Attention(nn.Module):
         self.sink_logit = nn.Parameter(torch.zeros(config.n_head)) if config.sink_logit else None
 
     def forward(self, x, turns, slopes, positions, docs, state, start, whole):
+        """
+        x (B, T, C) at `start`, after what the state holds -> (B, T, C). turns, slopes: the model's rotary frequencies
+        and ALiBi slopes, or None; positions, docs: see GPT.forward; whole: the window holds every token of the call.
+        """
         B, T, _ = x.shape
         H, G = self.n_head, self.n_kv_head
         qkv = self.wqkv(x).view(B, T, H + 2 * G, self.head_dim)
@@ -345,7 +349,7 @@ class Attention(nn.Module):
         return self.wo(y.reshape(B, T, H * self.head_dim))
 
     def parallel(self, qk, v, turns, slopes, positions, docs, cache, start, whole):
-        """Any number of tokens, after those of the cache if there is one. whole: the window holds all of them."""
+        """Any number of tokens, after those of the cache if there is one."""
         H, G = self.n_head, self.n_kv_head
         turned = qk if turns is None else rope(qk, positions, turns)
         q, k = turned.split([H, G], dim=2)
@@ -523,8 +527,9 @@ class GPT(nn.Module):
         idx (B, T) int64 -> (logits, loss). Without targets: logits (B, T, V), None. With targets (B, T) int64, the
         token after each one, -100 ignored: None and the cross entropy, in nats, float32, reduced by "mean" (over the
         targets not ignored), "sum" or "none" (B, T); logits are then never held. positions (T,) or (B, T) int: where
-        rotary models rotate to, default 0..T-1; the causal order and windows are those of the sequence. docs (B, T) int: attention stays inside a document. state: a
-        State from new_state, which idx continues and which is advanced.
+        rotary models rotate to, default 0..T-1; the causal order and windows are those of the sequence. docs (B, T)
+        int: attention stays inside a document. state: a State from new_state, which idx continues and which is
+        advanced.
         """
         x = self.hidden(idx, positions=positions, docs=docs, state=state)
         if targets is None:

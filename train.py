@@ -119,7 +119,7 @@ FREE_ON_RESUME = {"name", "out", "resume", "log_every", "eval_every", "eval_toke
                   "init_from", "batch_size", "device", "compile", "activation_checkpointing"}  # batch_tokens counts
 MINIMUM = dict(max_steps=1, log_every=1, eval_every=0, eval_tokens=1, save_every=0, keep=1, vocab_multiple=1,
                batch_size=1, lr=0, warmup_steps=0, final_lr=0, wsd_decay=0, weight_decay=0, grad_clip=0)
-NEW_MODEL = dict(n_layer=4, n_head=4, n_embd=192, block_size=256, sinks=4)  # for the rest: GPTConfig
+NEW_MODEL = dict(n_layer=4, n_head=4, n_embd=192, block_size=256)  # for the rest: GPTConfig
 
 
 def parse(args: list[str]) -> tuple[TrainConfig, str]:
@@ -237,6 +237,11 @@ def choose_model(config: TrainConfig) -> tuple[TrainConfig, GPTConfig, Tokenizer
         sizes = dict(sinks=GPTConfig.sinks) | base | given
         given.setdefault("window", max(1, sizes["block_size"] - sizes["sinks"]))
     c = GPTConfig(**base | given)
+    for option, used in (("window", "window" in c.attention), ("sinks", "window" in c.attention),
+                        ("rope_base", c.position == "rope"), ("rope_fraction", c.position == "rope")):
+        if not used and getattr(config, option) is not None:
+            raise ValueError(f"{option} is {getattr(config, option)}, but attention {c.attention} with position {c.position} has "
+                             "no use for it: change those, or leave it away")
     if tokenizer.vocab_size > c.vocab_size:
         raise ValueError(f"tokenizer {name} has {tokenizer.vocab_size} ids, {config.init_from} has a vocabulary of "
                          f"{c.vocab_size}: use the --tokenizer that it was trained with")

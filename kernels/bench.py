@@ -139,6 +139,7 @@ def window_flex(q, k, v, window):
 
 
 def window_cases():
+    """Window attention with sinks, against SDPA and FlexAttention with the same mask."""
     def make(device, dtype, B, T, H, D, W):
         return [*(randn(device, dtype, B, T, H, D) for _ in range(3)), torch.tensor(W)]
 
@@ -154,6 +155,7 @@ def window_cases():
 
 
 def alibi_cases():
+    """Causal attention with ALiBi, against every score written out and FlexAttention."""
     def make(device, dtype, B, T, H, D):
         slopes = 2.0 ** (-8 / H * torch.arange(1, H + 1, device=device))
         return [*(randn(device, dtype, B, T, H, D) for _ in range(3)), slopes]
@@ -176,6 +178,7 @@ def alibi_cases():
 
 
 def attention_cases():
+    """Attention: causal against every peer, and the variants that are compiled ahead of time."""
     yield from window_cases()
     yield from alibi_cases()
 
@@ -214,6 +217,7 @@ def attention_cases():
 
 
 def decode_cases():
+    """One new token over a ring buffer, against SDPA over the same keys, rotated and in order."""
     def make(device, dtype, B, N, H, G, D):  # the ring has turned many times: its oldest key is in the middle
         q, k, v = (randn(device, dtype, B, n, heads, D).detach() for n, heads in ((1, H), (N, G), (N, G)))
         position = torch.tensor([5 * N + N // 3], device=device)
@@ -260,6 +264,7 @@ def decode_cases():
 
 
 def merge_cases():
+    """The merge of two partial results, against plain torch."""
     def make(device, dtype, B, T, H, D):  # partial results are float32
         return [randn(device, torch.float32, *size) for size in 2 * [(B, T, H, D), (B, H, T)]]
 
@@ -277,6 +282,7 @@ def merge_cases():
 
 
 def sink_logit_cases():
+    """The learned sink logit, against plain torch."""
     def make(device, dtype, B, T, H, D):
         return [randn(device, dtype, B, T, H, D), randn(device, torch.float32, B, H, T), randn(device, torch.float32, H)]
 
@@ -297,6 +303,7 @@ def rotate(x, cos, sin):
 
 
 def rope_cases():
+    """Rotation from positions, against plain torch that is given cosines and sines."""
     def make(device, dtype, B, T, H, D):  # cos and sin are for the peers, who do not compute the angles
         positions, inv_freq = torch.arange(T, device=device), rope_frequencies(D)[0].to(device)
         angle = (positions[:, None] * inv_freq)[:, None]
@@ -314,6 +321,7 @@ def rope_cases():
 
 
 def rms_norm_cases():
+    """RMSNorm, against torch's own and its compiled form."""
     plain = lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-5)  # noqa: E731
     yield Case("rms_norm", lambda device, dtype, N, C: [randn(device, dtype, N, C), randn(device, dtype, C)],
                lambda x, weight: rms_norm(x, weight, 1e-5), plain, plain,
@@ -325,6 +333,7 @@ def rms_norm_cases():
 
 
 def swiglu_cases():
+    """SwiGLU, against plain torch and its compiled form."""
     plain = lambda gate, up: F.silu(gate) * up  # noqa: E731
     yield Case("swiglu", lambda device, dtype, N, F: [randn(device, dtype, N, F), randn(device, dtype, N, F)],
                swiglu, plain, plain, {"torch": plain, "compile": inductor(plain)},
@@ -335,6 +344,7 @@ def swiglu_cases():
 
 
 def loss_cases():
+    """Linear and cross entropy fused, against logits held whole and torch's chunked form."""
     def make(device, dtype, N, C, V):
         weight = (torch.randn(V, C, device=device) * C**-0.5).to(dtype).requires_grad_()
         return [randn(device, dtype, N, C), weight, torch.randint(V, (N,), device=device)]
@@ -611,6 +621,7 @@ def print_table(rows: list[dict]):
 
 
 def print_measured(rows: list[dict]):
+    """Groups of timed rows as a table, times beside those of each peer."""
     def against(peer, ms):
         return f"{peer['ms'] / ms:.2f}x ({peer['extra_mib']:.0f})" if "ms" in peer else "n/a"
 

@@ -86,26 +86,25 @@ def _merge_bwd_kernel(DOUT, DLSE, OUT_A, LSE_A, OUT_B, LSE_B, OUT, LSE, DOUT_A, 
     tl.store(DLSE_B + at_lse, dlse_b, rows < N)
 
 
-def _merge_tile(out):
-    block_d = triton.next_power_of_2(out.shape[-1])
+def _launch(kernel, *tensors):
+    """The kernel over all rows; the first tensor is (B, T, H, D)."""
+    B, T, H, D = tensors[0].shape
+    block_d = triton.next_power_of_2(D)
     block_n = max(1, 4096 // block_d)
-    return (triton.cdiv(out.numel() // out.shape[-1], block_n),), dict(
-        H=out.shape[2], D=out.shape[3], BLOCK_D=block_d, BLOCK_N=block_n, num_warps=4)
+    if tensors[0].numel():
+        kernel[(triton.cdiv(B * T * H, block_n),)](*tensors, B * T * H, T, H=H, D=D, BLOCK_D=block_d, BLOCK_N=block_n,
+                                                   num_warps=4)
 
 
 def _merge_fwd(out_a, lse_a, out_b, lse_b):
     out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
-    grid, tile = _merge_tile(out)
-    if out.numel():
-        _merge_fwd_kernel[grid](out_a, lse_a, out_b, lse_b, out, lse, lse.numel(), out.shape[1], **tile)
+    _launch(_merge_fwd_kernel, out_a, lse_a, out_b, lse_b, out, lse)
     return out, lse
 
 
 def _merge_bwd(dout, dlse, out_a, lse_a, out_b, lse_b, out, lse):
     grads = [torch.empty_like(x) for x in (out_a, lse_a, out_b, lse_b)]
-    grid, tile = _merge_tile(out)
-    if out.numel():
-        _merge_bwd_kernel[grid](dout, dlse, out_a, lse_a, out_b, lse_b, out, lse, *grads, lse.numel(), out.shape[1], **tile)
+    _launch(_merge_bwd_kernel, dout, dlse, out_a, lse_a, out_b, lse_b, out, lse, *grads)
     return tuple(grads)
 
 
@@ -198,17 +197,13 @@ def _sink_logit_bwd_kernel(DY, OUT, LSE, Z, DOUT, DLSE, N, T, H: tl.constexpr, D
 
 def _sink_logit_fwd(out, lse, z):
     y = torch.empty_like(out)
-    grid, tile = _merge_tile(out)
-    if out.numel():
-        _sink_logit_fwd_kernel[grid](out, lse, z, y, lse.numel(), out.shape[1], **tile)
+    _launch(_sink_logit_fwd_kernel, out, lse, z, y)
     return y
 
 
 def _sink_logit_bwd(dy, out, lse, z):
     dout, dlse = torch.empty_like(out), torch.empty_like(lse)
-    grid, tile = _merge_tile(out)
-    if out.numel():
-        _sink_logit_bwd_kernel[grid](dy, out, lse, z, dout, dlse, lse.numel(), out.shape[1], **tile)
+    _launch(_sink_logit_bwd_kernel, dy, out, lse, z, dout, dlse)
     return dout, dlse
 
 

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import randomised
 
 from model import GPT, GPTConfig, sample_token
 
@@ -21,10 +22,7 @@ VARIANTS = {
 
 def tiny(variant="llama", dtype=torch.float32, **overrides):
     torch.manual_seed(1)
-    model = GPT(GPTConfig(**{**TINY, **VARIANTS[variant], **overrides})).to(dtype)
-    for p in model.parameters():  # away from the initial ones and zeros, so that every parameter counts
-        torch.nn.init.normal_(p, mean=float(p.dim() == 1 and p.mean() == 1), std=0.2)
-    return model
+    return randomised(GPT(GPTConfig(**{**TINY, **VARIANTS[variant], **overrides})).to(dtype))
 
 
 def plain_logits(model, idx):

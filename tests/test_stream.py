@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import randomised
 
 from kernels import rope
 from model import GPT, GPTConfig, alibi_slopes
@@ -29,10 +30,7 @@ VARIANTS = {
 
 def tiny(variant, dtype=torch.float64, **overrides):
     torch.manual_seed(1)
-    model = GPT(GPTConfig(**{**TINY, **VARIANTS[variant], **overrides})).to(dtype)
-    for p in model.parameters():  # away from the initial ones and zeros, so that every parameter counts
-        torch.nn.init.normal_(p, mean=float(p.dim() == 1 and p.mean() == 1), std=0.2)
-    return model
+    return randomised(GPT(GPTConfig(**{**TINY, **VARIANTS[variant], **overrides})).to(dtype))
 
 
 def layers_of(model, feed):
