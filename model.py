@@ -10,14 +10,15 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import (apply_sink_logit, attention, decode_attention, linear_cross_entropy, rms_norm, rope, rope_frequencies,
-                     rope_turns, swiglu)
+from kernels import (apply_sink_logit, attention, decode_attention, infini_attention, linear_cross_entropy, memory_read, rms_norm,
+                     rope, rope_frequencies, rope_turns, swiglu)
 from kernels.backend import use_triton
 
 
@@ -31,9 +32,13 @@ class GPTConfig:
     n_inner: int | None = None       # width of the MLP; default 4 n_embd, or 8/3 n_embd in multiples of 64 for swiglu
     vocab_size: int = 50304          # GPT-2's 50257 rounded up to a multiple of 64
     block_size: int = 1024           # tokens per training sequence; nothing is tabulated to it
-    attention: str = "full"          # full | window, or a pattern cycled over the layers: "window,window,window,full"
+    attention: str = "full"          # full | window | infini, or a pattern cycled over the layers: "window,window,full"
     window: int = 1020               # keys that a window layer's query sees, its own included
     sinks: int = 4                   # the first tokens, which window layers see always (StreamingLLM); 0: none
+    segment: int = 2048              # tokens that an infini layer's query sees exactly at most; earlier ones by its memory
+    memory_rule: str = "delta"       # how a segment is written into the memory: delta | linear
+    memory_beta: float = 0.0         # of a new infini layer's gates: sigmoid(beta) is the memory's share
+    memory_norm: bool = False        # RMSNorm with a learned weight on the queries and keys of the memory
     sink_logit: bool = False         # a learned logit per head in the softmax's denominator
     sink_tokens: int = 0             # learned vectors in front of every sequence: sinks by construction
     position: str = "rope"           # rope | alibi | none
@@ -55,7 +60,7 @@ class GPTConfig:
     def __post_init__(self):
         self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
         for name, least in dict(n_layer=1, n_head=1, n_kv_head=1, n_embd=1, vocab_size=1, block_size=1, window=1, sinks=0,
-                                sink_tokens=0).items():
+                                sink_tokens=0, segment=1).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         if self.head_dim is None:
@@ -66,8 +71,9 @@ class GPTConfig:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         if not 1 <= self.head_dim <= 256:
             raise ValueError(f"head_dim is {self.head_dim}: the attention kernel takes 1 to 256")
-        for name, known in (("attention", ("full", "window")), ("position", ("rope", "alibi", "none")),
-                            ("norm", ("rmsnorm", "layernorm")), ("mlp", ("swiglu", "gelu"))):
+        for name, known in (("attention", ("full", "window", "infini")), ("position", ("rope", "alibi", "none")),
+                            ("norm", ("rmsnorm", "layernorm")), ("mlp", ("swiglu", "gelu")),
+                            ("memory_rule", ("delta", "linear"))):
             for value in getattr(self, name).split(",") if name == "attention" else [getattr(self, name)]:
                 if value not in known:
                     pattern = " or a comma-separated pattern of them" if name == "attention" else ""
@@ -80,6 +86,10 @@ class GPTConfig:
         if self.sinks < self.sink_tokens and "window" in self.attention:
             raise ValueError(f"sinks is {self.sinks}, sink_tokens {self.sink_tokens}: window layers would drop the learned "
                              f"ones; set sinks to {self.sink_tokens} or more")
+        if "infini" in self.attention and (self.sink_logit or self.sink_tokens):
+            name = "sink_logit" if self.sink_logit else "sink_tokens"
+            raise ValueError(f"{name} {getattr(self, name)} with attention {self.attention!r}: infini layers have a memory "
+                             f"for what is far, and no sinks; leave {name} away")
         if self.rope_scaling is not None and self.position != "rope":
             raise ValueError(f"rope_scaling {self.rope_scaling} needs position 'rope', it is {self.position!r}")
         if self.alibi_scale != 1 and self.position != "alibi":
@@ -157,7 +167,7 @@ class KVCache:
     the whole cache for each token, so it stores them rotated: the same numbers.
     """
 
-    layout, sinks = "full", 0
+    layout, sinks, memory = "full", 0, {}
 
     def __init__(self, batch_size, n_kv_head, head_dim, device, dtype, rotated):
         self.rotated = rotated
@@ -179,7 +189,7 @@ class KVCache:
             self.k, self.v = (self._grown(x, start, max(64, 2 * start, end)) for x in (self.k, self.v))
         self.k[:, start:end], self.v[:, start:end] = k.detach(), v.detach()
 
-    def commit(self):
+    def commit(self, end):
         """Nothing to do: what lies past the state's position is not seen."""
 
     def write_one(self, k, v, slot):
@@ -205,6 +215,8 @@ class WindowCache:
     the end: copies of the sinks, turned to where the newest query must see them.
     """
 
+    memory = {}
+
     def __init__(self, batch_size, n_kv_head, head_dim, device, dtype, rotated, sinks, window):
         self.rotated, self.sinks, self.window, self.layout = rotated, sinks, window, f"window {window} + {sinks} sinks"
         self.held = None
@@ -229,7 +241,7 @@ class WindowCache:
         slots = torch.where(tokens < S, tokens, S + (tokens - S) % W)
         self.held = slots, *(x.detach()[:, tokens - start].to(self.k.dtype) for x in (k, v))
 
-    def commit(self):
+    def commit(self, end):
         if self.held is not None:
             slots, k, v = self.held
             self.k[:, slots], self.v[:, slots], self.held = k, v, None
@@ -248,11 +260,100 @@ class WindowCache:
         return self.k[:, :S + W], self.v[:, :S + W], torch.where(slots < S, slots, last.clamp(min=0))
 
 
+class InfiniCache:
+    """
+    An infini layer's cache: the tokens of the segment at hand, token p in slot p % N of buffers (B, N, G, D), and the
+    memory of all segments before it, M (B, G, D, D) and z (B, G, D) in float32. A segment that is full is folded into the
+    memory, by `attn`'s rule, and its slots are free. `rotated`: see KVCache.
+    """
+
+    sinks = 0
+
+    def __init__(self, batch_size, n_kv_head, head_dim, device, dtype, rotated, segment, attn, turns):
+        self.rotated, self.segment, self.layout = rotated, segment, f"segment {segment} + memory"
+        self.attn, self.turns, self.held = attn, turns, None
+        self.k = torch.zeros(batch_size, segment, n_kv_head, head_dim, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
+        self.M = torch.zeros(batch_size, n_kv_head, head_dim, head_dim, device=device,
+                             dtype=torch.promote_types(dtype, torch.float32))
+        self.z = self.M.new_zeros(batch_size, n_kv_head, head_dim)
+
+    @property
+    def memory(self) -> dict[str, torch.Tensor]:
+        return dict(M=self.M, z=self.z)
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes + self.M.nbytes + self.z.nbytes
+
+    def past(self, start):
+        """-> the segment's tokens before position `start`: keys un-rotated and rotated, values, (B, start % N, G, D)."""
+        n = start % self.segment
+        k, stored = self.unrotated(start - n, start), self.k[:, :n]
+        if self.turns is not None and not self.rotated:
+            stored = rope(stored, torch.arange(start - n, start, device=k.device), self.turns)
+        return k, stored, self.v[:, :n]
+
+    def unrotated(self, start, end):
+        """The keys of the segment's tokens from position `start`, its first, to `end`."""
+        k = self.k[:, :end - start]
+        return rope(k, -torch.arange(start, end, device=k.device), self.turns) if self.rotated else k
+
+    def write(self, k, v, start, memory):
+        """
+        k, v (B, T, G, D) of the tokens from position `start` on, and the memory after them. Takes effect at `commit`,
+        as WindowCache.write does.
+        """
+        n = min(k.shape[1], (start + k.shape[1]) % self.segment)
+        slots = torch.arange(start + k.shape[1] - n, start + k.shape[1], device=k.device) % self.segment
+        k, v = (x.detach()[:, x.shape[1] - n:].to(self.k.dtype) for x in (k, v))
+        self.held = slots, k, v, *(x.detach() for x in memory)
+
+    def write_one(self, k, v, slot):
+        """slot (1,) int64, a tensor so that a CUDA graph can hold it -> the segment's buffers."""
+        self.held = None
+        self.k.index_copy_(1, slot, k.to(self.k.dtype))
+        self.v.index_copy_(1, slot, v.to(self.v.dtype))
+        return self.k.to(k.dtype), self.v.to(k.dtype)
+
+    def commit(self, end):
+        """After the tokens before position `end`: what `write` held, or the fold of a segment that write_one filled."""
+        if self.held is not None:
+            slots, k, v, M, z = self.held
+            self.k[:, slots], self.v[:, slots], self.held = k, v, None
+        elif end % self.segment == 0:
+            M, z = self.attn.fold(self.unrotated(end - self.segment, end), self.v, (self.M, self.z))
+        else:
+            return
+        self.M.copy_(M)
+        self.z.copy_(z)
+
+    def clear(self, rows):
+        """The memory of the rows where `rows` (B,) bool holds is empty again: their next token begins a text."""
+        self.M[rows], self.z[rows] = 0, 0
+
+    def saved(self, position):
+        slots = torch.arange(self.segment)
+        return self.k, self.v, position - position % self.segment + slots
+
+
+class CarriedMemory:
+    """An infini layer's memory between two segments of a training sequence: what Attention needs of a cache, with gradients."""
+
+    rotated = False
+
+    def __init__(self, M, z):
+        self.M, self.z = M, z
+
+    def write(self, k, v, start, memory):
+        self.M, self.z = memory
+
+
 class State:
     """
     All that generation carries from one call to the next: `position`, the tokens seen (the model's own sink_tokens
     included), and each layer's cache. Feeding a text in chunks of any size gives what one pass gives. `nbytes` is the
-    memory it holds: constant from the start if every layer is a window, growing with the text with full attention.
+    memory it holds: constant from the start with windows and segments, growing with the text with full attention.
     """
 
     def __init__(self, batch_size: int, layers: list, turns, about: str):
@@ -263,11 +364,18 @@ class State:
         self.graphed = None  # a decoding step as a CUDA graph, once generate has made one
         device = layers[0].k.device
         self.at = torch.zeros(1, dtype=torch.int64, device=device)    # the position of the token being decoded
-        self.slot = torch.zeros(1, dtype=torch.int64, device=device)  # its slot in the rings
+        self.slot = torch.zeros(1, dtype=torch.int64, device=device)  # its slot in the rings of window layers
+        self.in_segment = torch.zeros(1, dtype=torch.int64, device=device)  # its slot in infini layers
 
     @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
+
+    def advance(self, n: int):
+        """The next n tokens have been through every layer."""
+        for layer in self.layers:
+            layer.commit(self.position + n)
+        self.position += n
 
     def save(self, path: str, extra: dict[str, torch.Tensor] | None = None):
         """Writes the state, and the tensors of `extra` beside it, to a safetensors file, which `load` reads."""
@@ -276,6 +384,7 @@ class State:
         for i, layer in enumerate(self.layers):
             k, v, _ = layer.saved(self.position)
             tensors |= {f"{i}.k": k.contiguous(), f"{i}.v": v.contiguous()}
+            tensors |= {f"{i}.{name}": x for name, x in layer.memory.items()}
         save_file(tensors, path, metadata={"position": str(self.position), "rotated": str(self.layers[0].rotated),
                                            "model": self._model()})
 
@@ -307,15 +416,20 @@ class State:
                 layer.write(k, v, 0)
             else:
                 layer.k[:, :k.shape[1]], layer.v[:, :v.shape[1]] = k, v
+        for i, layer in enumerate(self.layers):
+            for name, x in layer.memory.items():
+                x.copy_(tensors[f"{i}.{name}"])
         self.position = position
         return {name.removeprefix("extra."): x for name, x in tensors.items() if name.startswith("extra.")}
 
 
 class Attention(nn.Module):
     """
-    Every variant of exact attention: full, or a window with sinks (StreamingLLM, arXiv 2309.17453), whose positions are
-    those inside a cache of S sinks and W recent tokens. In parallel that is one softmax over the window's keys, by their
-    ordinary distance, and the sinks' keys, with the query where it sits in the cache: at min(position, S + W - 1).
+    Every variant of attention. Full. A window with sinks (StreamingLLM, arXiv 2309.17453), whose positions are those
+    inside a cache of S sinks and W recent tokens: in parallel that is one softmax over the window's keys, by their
+    ordinary distance, and the sinks' keys, with the query where it sits in the cache, at min(position, S + W - 1). Infini
+    (arXiv 2404.07143): a query sees its own segment of N tokens, and by a memory of fixed size all before it; a learned
+    gate per head mixes the two.
     """
 
     def __init__(self, config, layer, scale):
@@ -325,9 +439,12 @@ class Attention(nn.Module):
         windowed = config.layer_kinds[layer] == "window"
         self.window, self.sinks = (config.window, config.sinks) if windowed else (None, 0)
         self.sink_tokens = config.sink_tokens
+        infini = config.layer_kinds[layer] == "infini"
+        self.segment, self.rule = config.segment if infini else None, config.memory_rule
         self.wqkv = Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=config.qkv_bias)
         self.wo = Linear(config.n_head * config.head_dim, config.n_embd, bias=config.wo_bias)
         self.sink_logit = nn.Parameter(torch.zeros(config.n_head)) if config.sink_logit else None
+        self.beta = nn.Parameter(torch.full((config.n_head,), config.memory_beta)) if infini else None
 
     def forward(self, x, turns, slopes, positions, docs, state, start, whole):
         """
@@ -340,7 +457,10 @@ class Attention(nn.Module):
         qk, v = qkv.split([H + G, G], dim=2)  # views
         cache = None if state is None else state.layers[self.layer]
         one = cache is not None and T == 1 and not torch.is_grad_enabled()
-        if one:
+        if self.segment is not None:
+            y = self.infini_decode(qk, v, turns, slopes, positions, state, cache, start) if one else \
+                self.infini(qk, v, turns, slopes, positions, docs, cache, start)
+        elif one:
             y = self.decode(qk, v, turns, slopes, positions, state, cache, start)
         else:
             y = self.parallel(qk, v, turns, slopes, positions, docs, cache, start, whole)
@@ -392,6 +512,41 @@ class Attention(nn.Module):
                 values[:, -S:] = values[:, :S]
             keys, values = (x[:, S:] if shift > 0 else x[:, :start + 1] for x in (keys, values))
         return attention(q, keys, values, causal=False, **options)
+
+
+    def infini(self, qk, v, turns, slopes, positions, docs, cache, start):
+        """Any number of tokens, after those of the cache if there is one."""
+        turned = qk if turns is None else rope(qk, positions, turns)
+        (q, k), (q_rot, k_rot) = (x.split([self.n_head, self.n_kv_head], dim=2) for x in (qk, turned))
+        keys, turned, values, memory = k, k_rot, v, None
+        if cache is not None:
+            memory = [x.clone() if torch.is_grad_enabled() else x for x in (cache.M, cache.z)]  # they change at commit
+            if start % self.segment:
+                keys, turned, values = (torch.cat([old.to(new.dtype), new], 1)
+                                        for old, new in zip(cache.past(start), (k, k_rot, v)))
+        y, memory = infini_attention(q, keys, values, self.beta, q_rot=q_rot, k_rot=turned, segment=self.segment,
+                                     rule=self.rule, state=memory, docs=docs, scale=self.scale, alibi_slopes=slopes)
+        if cache is not None:
+            cache.write(k_rot if cache.rotated else k, v, start, memory)
+        return y
+
+    def infini_decode(self, qk, v, turns, slopes, positions, state, cache, start):
+        """One token after those of the cache, without a gradient."""
+        q, k = qk.split([self.n_head, self.n_kv_head], dim=2)
+        if cache.rotated:
+            q_rot, k = rope(qk, positions, turns).split([self.n_head, self.n_kv_head], dim=2)
+            keys, values = (x[:, :start % self.segment + 1] for x in cache.write_one(k, v, state.in_segment))
+            local = attention(q_rot, keys, values, causal=False, scale=self.scale)
+        else:
+            keys, values = cache.write_one(k, v, state.in_segment)
+            local = decode_attention(q, keys, values, state.in_segment, inv_freq=turns, alibi_slopes=slopes, scale=self.scale)
+        return memory_read(q, local, self.beta, (cache.M, cache.z))
+
+    def fold(self, k, v, memory):
+        """Keys, un-rotated, and values (B, N, G, D) of a whole segment written into memory (M, z) -> the new memory."""
+        none = k.new_zeros(k.shape[0], 0, self.n_head, self.head_dim)
+        return infini_attention(none, k, v, self.beta, q_rot=none, k_rot=k, segment=self.segment, rule=self.rule,
+                                state=memory)[1]
 
 
 class MLP(nn.Module):
@@ -502,18 +657,17 @@ class GPT(nn.Module):
             docs = docs if docs is None else F.pad(docs, (n, 0))
         x = self._blocks(x.to(self.compute_dtype or x.dtype), positions, docs, state, start, whole)
         if state is not None:  # not before every layer is done: a call that was cut short can be made again
-            for cache in state.layers:
-                cache.commit()
-            state.position += x.shape[1]
+            state.advance(x.shape[1])
         return x[:, n:]
 
     def _blocks(self, x, positions, docs, state, start, whole=False):
         """The blocks and the last norm. start may be None when one token is decoded from un-rotated rings."""
         slopes = None if self.slopes is None else self.slopes.view(torch.float32)
-        if state is not None and x.shape[1] == 1:
+        if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
             c = self.config
             state.at.copy_(positions)
             state.slot.copy_(torch.where(positions < c.sinks, positions, c.sinks + (positions - c.sinks) % c.window))
+            state.in_segment.copy_(positions % c.segment)
         for block in self.blocks:
             args = x, self.turns, slopes, positions, docs, state, start, whole
             if self.activation_checkpointing and state is None and torch.is_grad_enabled():
@@ -531,10 +685,52 @@ class GPT(nn.Module):
         int: attention stays inside a document. state: a State from new_state, which idx continues and which is
         advanced.
         """
+        if targets is not None and self.by_segments and torch.is_grad_enabled():
+            return None, self._loss_by_segments(idx, targets, positions, docs, state, reduction)
         x = self.hidden(idx, positions=positions, docs=docs, state=state)
         if targets is None:
             return F.linear(x, self.output_weight.to(x.dtype)), None
         return None, linear_cross_entropy(x, self.output_weight, targets, reduction=reduction)
+
+    @property
+    def by_segments(self) -> bool:
+        """Whether activation_checkpointing recomputes segments: where every layer is an infini layer; else blocks."""
+        return self.activation_checkpointing and set(self.config.layer_kinds) == {"infini"}
+
+    def _loss_by_segments(self, idx, targets, positions, docs, state, reduction):
+        """
+        forward's loss, one segment after another, each recomputed in the backward pass: between two of them only the
+        memories live, so that activations take the memory of one segment, however many there are.
+        """
+        N, start = self.config.segment, 0 if state is None else state.position
+        if start % N or state is not None and idx.shape[1] % N:
+            raise ValueError(f"activation_checkpointing with a state at position {start} and {idx.shape[1]} tokens: both must be "
+                             f"multiples of segment {N}")
+        state = self.new_state(idx.shape[0]) if state is None else state
+        memory = [x.clone() for cache in state.layers for x in (cache.M, cache.z)]
+        if positions is None:
+            positions = torch.arange(idx.shape[1], device=idx.device)
+        losses = []
+        for at in range(0, idx.shape[1], N):
+            part = [x if x is None else x[..., at:at + N] for x in (idx, targets, positions, docs)]
+            if docs is not None and at:  # a document that begins here finds an empty memory
+                goes_on = (docs[:, at] == docs[:, at - 1]).to(memory[0].dtype)
+                memory = [x * goes_on.view(-1, *(x.dim() - 1) * [1]) for x in memory]
+            loss, *memory = checkpoint(self._segment_loss, *part, reduction, *memory, use_reentrant=False)
+            losses.append(loss)
+        for cache, M, z in zip(state.layers, memory[::2], memory[1::2]):
+            cache.M.copy_(M.detach()), cache.z.copy_(z.detach())
+        if reduction == "none":
+            return torch.cat(losses, 1)
+        return sum(losses) / ((targets != -100).sum() if reduction == "mean" else 1)
+
+    def _segment_loss(self, idx, targets, positions, docs, reduction, *memory):
+        """One segment's loss, summed unless reduction is "none", and the memories after it; memory: M, z of each layer."""
+        layers = [CarriedMemory(*memory[i:i + 2]) for i in range(0, len(memory), 2)]
+        x = self.wte(idx)
+        x = self._blocks(x.to(self.compute_dtype or x.dtype), positions, docs, SimpleNamespace(layers=layers), 0)
+        loss = linear_cross_entropy(x, self.output_weight, targets, reduction="none" if reduction == "none" else "sum")
+        return loss, *(x for layer in layers for x in (layer.M, layer.z))
 
     def new_state(self, batch_size: int) -> State:
         """An empty state for `batch_size` sequences, on the model's device, in the dtype it computes in."""
@@ -544,8 +740,10 @@ class GPT(nn.Module):
         args = batch_size, c.n_kv_head, c.head_dim, w.device, dtype, rotated
         about = f"position {c.position} {c.rope_base:g} {c.rope_fraction:g} {c.rope_scaling}, {c.sink_tokens} sink_tokens"
         with torch.inference_mode(False):  # a state may outlive the mode it was made in
-            layers = [WindowCache(*args, c.sinks, c.window) if kind == "window" else KVCache(*args) for kind in c.layer_kinds]
-            return State(batch_size, layers, self.turns, about)
+            new = dict(full=lambda attn: KVCache(*args), window=lambda attn: WindowCache(*args, c.sinks, c.window),
+                       infini=lambda attn: InfiniCache(*args, c.segment, attn, self.turns))
+            return State(batch_size, [new[kind](block.attn) for kind, block in zip(c.layer_kinds, self.blocks)], self.turns,
+                         about)
 
     @torch.no_grad()
     def generate(self, prompt, max_new_tokens=None, state=None, *, temperature=1.0, top_k=None, top_p=None, min_p=None,
@@ -621,7 +819,7 @@ class GPT(nn.Module):
             position.fill_(state.position)
             with torch.cuda.device(token.device):
                 graph.replay()
-            state.position += 1
+            state.advance(1)
             return x
 
         return step
@@ -637,23 +835,40 @@ class GPT(nn.Module):
         """
         Floating-point operations per token, forward and backward, at sequence length T: 6 per weight of a matrix (the
         embedding look-up is none, the output layer is one) and 12 H D per key that a query sees, (T + 1) / 2 of them on
-        average, or fewer where a window hides some. Recomputation is not counted.
+        average, or fewer where a window or a segment hides some. An infini layer's memory takes 6 D^2 per query head (its
+        read) and per key head (its write; twice that by the delta rule). Recomputation is not counted.
         """
         c = self.config
-        keys = 0.0
+        keys = memory = 0.0
         for kind in c.layer_kinds:
+            if kind == "infini":
+                whole, rest = divmod(T, c.segment)
+                keys += (whole * c.segment * (c.segment + 1) + rest * (rest + 1)) / (2 * T)
+                memory += c.n_head + c.n_kv_head * (2 if c.memory_rule == "delta" else 1)
+                continue
             n = min(T, c.sinks + c.window) if kind == "window" else T  # the first n queries see all before them
             keys += n / T * (n + 1) / 2 + (T - n) / T * (c.sinks + c.window)
         matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2) + c.vocab_size * c.n_embd
-        return 6 * matrices + 12 * c.n_head * c.head_dim * keys
+        return 6 * matrices + 12 * c.n_head * c.head_dim * keys + 6 * c.head_dim**2 * memory
 
-    def param_groups(self, weight_decay: float, lr: float) -> list[dict]:
-        """AdamW's groups: matrices decay; norms, biases and embeddings do not."""
+    def gates(self) -> torch.Tensor:
+        """sigmoid(beta), the memory's share, of each head of the infini layers: (layers, H) float32, without a gradient."""
+        betas = [block.attn.beta.detach().float() for block in self.blocks if block.attn.beta is not None]
+        return torch.stack(betas).sigmoid() if betas else torch.empty(0, self.config.n_head)
+
+    def param_groups(self, weight_decay: float, lr: float, gate_lr: float = 1.0) -> list[dict]:
+        """
+        AdamW's groups: matrices decay; norms, biases and embeddings do not; nor do the gates of infini layers, whose
+        learning rate is lr * gate_lr.
+        """
         decay = [p for name, p in self.named_parameters() if p.dim() == 2 and "embedding" not in name and "wte" not in name]
         decayed = {id(p) for p in decay}
-        rest = [p for p in self.parameters() if id(p) not in decayed]
+        gates = [block.attn.beta for block in self.blocks if block.attn.beta is not None]
+        apart = decayed | {id(p) for p in gates}
+        rest = [p for p in self.parameters() if id(p) not in apart]
         return [dict(name="matrices", params=decay, weight_decay=weight_decay, lr=lr),
-                dict(name="norms, biases, embeddings", params=rest, weight_decay=0.0, lr=lr)]
+                dict(name="norms, biases, embeddings", params=rest, weight_decay=0.0, lr=lr)] + (
+               [dict(name="gates", params=gates, weight_decay=0.0, lr=lr * gate_lr)] if gates else [])
 
     def save_pretrained(self, folder: str, extra: dict | None = None):
         """Writes folder/config.json (the GPTConfig, `extra` beside it) and folder/model.safetensors."""
@@ -688,6 +903,9 @@ class GPT(nn.Module):
             tensors["sink_embedding"] = torch.randn(c.sink_tokens, c.n_embd) * 0.02
         if c.sink_logit and not config.get("sink_logit"):  # far below any lse: nothing changes at first
             tensors |= {f"blocks.{i}.attn.sink_logit": torch.full((c.n_head,), -10.0) for i in range(c.n_layer)}
+        if "infini" in c.attention and "infini" not in config["attention"]:
+            tensors |= {f"blocks.{i}.attn.beta": torch.full((c.n_head,), c.memory_beta)
+                        for i, kind in enumerate(c.layer_kinds) if kind == "infini"}
         have, want = ({name: tuple(x.shape) for name, x in d.items()} for d in (tensors, model.state_dict()))
         wrong = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
         if wrong:

@@ -43,7 +43,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from data.loader import Batch, check_length, eval_batches, prefetch, train_batch
+from data.loader import Batch, carried_batch, check_length, eval_batches, prefetch, train_batch
+from data.passkey.task import PasskeySet
 from data.prepare import prepare_folder
 from data.pretrained import find_folder, load_fields
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -52,6 +53,7 @@ from kernels.backend import use_triton
 from model import GPT, GPTConfig
 
 log = logging.getLogger("nanolong")  # the kernels' too: everything said goes to stdout and to the run's log.txt
+Data = tuple[TokenFile | PasskeySet, TokenFile | PasskeySet, Tokenizer]
 Flag = Annotated[bool | None, tyro.conf.arg(constructor=bool)]  # --x or --no-x; None: neither was given
 
 
@@ -68,10 +70,12 @@ class TrainConfig:
     keep: int = 2  # checkpoints kept, the newest
     wandb: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
 
-    data: str = "data/sample"  # folder of {train,validation}.<tokenizer>.tokens
+    data: str = "data/sample"  # folder of {train,validation}.<tokenizer>.tokens, or data/passkey: the passkey task
     tokenizer: str | None = None  # byte, gpt2 or the path of a tokenizer.json (default: byte, or init_from's)
     vocab_multiple: int | None = None  # a new model's vocabulary is the tokenizer's, rounded up to this (default: 64)
     mask_documents: bool = False  # attention stays inside a document; without it batches span documents freely
+    answer_only: Flag = None  # of data/passkey: only the key's second mention and the answer are learnt (default: yes)
+    carry_memory: bool = False  # infini: sequences read books on and on, and find the memory of the sequence before
     seed: int = 1  # of the initial weights and of the batches
 
     init_from: str | None = None  # start from these weights: a run or step_ folder, a Hugging Face folder or hub id
@@ -82,9 +86,12 @@ class TrainConfig:
     head_dim: int | None = None  # of each head (default: n_embd / n_head, or init_from's)
     n_inner: int | None = None  # width of the MLP (default: 4 n_embd, about 8/3 n_embd for swiglu, or init_from's)
     block_size: int | None = None  # tokens per training sequence (default: 256, or init_from's)
-    attention: str | None = None  # full, window or a pattern: window,window,full (default: full, or init_from's)
+    attention: str | None = None  # full, window, infini or a pattern: window,full (default: full, or init_from's)
     window: int | None = None  # keys that a window layer's query sees (default: block_size - sinks, or init_from's)
     sinks: int | None = None  # first tokens, which window layers see always (default: 4, or init_from's)
+    segment: int | None = None  # tokens of an infini layer's segment (default: block_size / 16, or init_from's)
+    memory_rule: str | None = None  # of infini layers, delta or linear (default: delta, or init_from's)
+    memory_beta: float | None = None  # of new infini gates; sigmoid(beta) is the memory's share (default: 0)
     sink_logit: Flag = None  # a learned logit per head in the softmax's denominator (default: no, or init_from's)
     sink_tokens: int | None = None  # learned vectors in front of every sequence (default: 0, or init_from's)
     position: str | None = None  # rope, alibi or none (default: rope, or init_from's)
@@ -104,6 +111,7 @@ class TrainConfig:
     schedule: Literal["cosine", "wsd"] = "cosine"  # then: cosine, or constant with a linear decay at the end
     final_lr: float = 0.1  # learning rate at max_steps, as a fraction of lr
     wsd_decay: float = 0.2  # fraction of max_steps in which wsd decays
+    gate_lr: float | None = None  # learning rate of the infini gates, in lr (default: 30)
     weight_decay: float = 0.1  # of matrices only
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95  # of AdamW
@@ -112,7 +120,8 @@ class TrainConfig:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of cuda, mps, cpu that is there
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations (auto: bfloat16 on CUDA that has it)
     compile: bool = field(default_factory=torch.cuda.is_available)  # torch.compile; on by default where CUDA is
-    activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+    # recompute blocks in the backward pass, or segments if all layers are infini: less memory, a third more time
+    activation_checkpointing: bool = False
 
 
 FREE_ON_RESUME = {"name", "out", "resume", "log_every", "eval_every", "eval_tokens", "save_every", "keep", "wandb",
@@ -233,15 +242,13 @@ def choose_model(config: TrainConfig) -> tuple[TrainConfig, GPTConfig, Tokenizer
     multiple = config.vocab_multiple or (64 if config.init_from is None else None)
     if multiple is not None:
         given["vocab_size"] = math.ceil(tokenizer.vocab_size / multiple) * multiple
+    sizes = dict(sinks=GPTConfig.sinks) | base | given
     if "window" not in base.get("attention", "full"):
-        sizes = dict(sinks=GPTConfig.sinks) | base | given
         given.setdefault("window", max(1, sizes["block_size"] - sizes["sinks"]))
+    if "infini" not in base.get("attention", "full"):
+        given.setdefault("segment", max(1, sizes["block_size"] // 16))  # fewer in a sequence, and the gates hardly move
     c = GPTConfig(**base | given)
-    for option, used in (("window", "window" in c.attention), ("sinks", "window" in c.attention),
-                        ("rope_base", c.position == "rope"), ("rope_fraction", c.position == "rope")):
-        if not used and getattr(config, option) is not None:
-            raise ValueError(f"{option} is {getattr(config, option)}, but attention {c.attention} with position {c.position} has "
-                             "no use for it: change those, or leave it away")
+    check_used(config, c)
     if tokenizer.vocab_size > c.vocab_size:
         raise ValueError(f"tokenizer {name} has {tokenizer.vocab_size} ids, {config.init_from} has a vocabulary of "
                          f"{c.vocab_size}: use the --tokenizer that it was trained with")
@@ -252,8 +259,39 @@ def choose_model(config: TrainConfig) -> tuple[TrainConfig, GPTConfig, Tokenizer
     return replace(config, tokenizer=name, vocab_multiple=multiple, **resolved), c, tokenizer, folder
 
 
-def open_data(config: TrainConfig, place: Place, tokenizer: Tokenizer) -> tuple[TokenFile, TokenFile, Tokenizer]:
+def check_used(config: TrainConfig, c: GPTConfig):
+    """ValueError, one line, for an option that this model or this data has no use for, or that excludes another."""
+    window, infini, passkey = "window" in c.attention, "infini" in c.attention, is_passkey(config)
+    model = f"attention {c.attention} with position {c.position}"
+    for option, used, what in (("window", window, model), ("sinks", window, model), ("segment", infini, model),
+                               ("memory_rule", infini, model), ("memory_beta", infini, model), ("gate_lr", infini, model),
+                               ("rope_base", c.position == "rope", model), ("rope_fraction", c.position == "rope", model),
+                               ("answer_only", passkey, f"data {config.data}")):
+        if not used and getattr(config, option) is not None:
+            raise ValueError(f"{option} is {getattr(config, option)}, but {what} has no use for it: change that, or leave "
+                             f"{option} away")
+    if config.carry_memory:
+        for wrong, why in ((set(c.layer_kinds) != {"infini"}, f"attention {c.attention}: every layer must be infini"),
+                           (c.block_size % c.segment, f"block_size {c.block_size} and segment {c.segment}: sequences must be "
+                            "whole segments"),
+                           (config.mask_documents, "mask_documents: each sequence is inside one document already"),
+                           (passkey, "data/passkey: no task goes on from another")):
+            if wrong:
+                raise ValueError(f"carry_memory with {why}")
+    if passkey and config.mask_documents:
+        raise ValueError("mask_documents with data/passkey: each sequence is one document already; leave it away")
+
+
+def is_passkey(config: TrainConfig) -> bool:
+    return Path(config.data).resolve() == Path(__file__).resolve().parent / "data" / "passkey"
+
+
+def open_data(config: TrainConfig, place: Place, tokenizer: Tokenizer) -> Data:
     """The training and validation sets and their tokenizer; the sample set is prepared on first use."""
+    if is_passkey(config):
+        tasks = PasskeySet(tokenizer, answer_only=config.answer_only is not False)
+        tasks.check_length(config.block_size)
+        return tasks, tasks, tokenizer
     paths = [Path(config.data) / f"{split}.{tokenizer.tag}.tokens" for split in ("train", "validation")]
     sample = Path(__file__).resolve().parent / "data" / "sample"
     if Path(config.data).resolve() == sample:  # does nothing where they are up to date
@@ -262,7 +300,7 @@ def open_data(config: TrainConfig, place: Place, tokenizer: Tokenizer) -> tuple[
         train, validation = (TokenFile(path, tokenizer.vocab_size, tokenizer.tag) for path in paths)
     except ValueError as e:  # a token file's name tells which tokenizer.json made it, not where that is
         raise ValueError(str(e).replace("PATH/tokenizer.json", tokenizer.name)) from None
-    check_length(train, config.block_size)
+    check_length(train, config.block_size, config.carry_memory)
     if validation.n_tokens < 2:
         raise ValueError(f"{validation.path} holds {validation.n_tokens} tokens: evaluation needs 2 at least")
     return train, validation, tokenizer
@@ -293,11 +331,12 @@ def lr_factor(config: TrainConfig, step: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, validation: TokenFile, token_nbytes: np.ndarray, config: TrainConfig, place: Place) -> dict:
+def evaluate(model: GPT, validation: TokenFile | PasskeySet, token_nbytes: np.ndarray, config: TrainConfig, place: Place) -> dict:
     """Loss on the fixed validation tokens, summed over all ranks: nats per token and bits per byte of text."""
     nll, tokens, nbytes = 0.0, 0, 0
-    for batch in eval_batches(validation, config.block_size, config.batch_size, config.eval_tokens, place.rank,
-                              place.world, config.mask_documents):
+    args = config.block_size, config.batch_size, config.eval_tokens, place.rank, place.world
+    for batch in validation.eval_batches(*args) if isinstance(validation, PasskeySet) else \
+            eval_batches(validation, *args, config.mask_documents):
         on = batch.to(place.device)
         _, loss = model(on.x, on.y, docs=on.docs, reduction="sum")
         nll, tokens = nll + loss.item(), tokens + batch.n_valid
@@ -372,13 +411,14 @@ def start_wandb(run: Path, config: TrainConfig):
         raise ValueError(f"--wandb: {' '.join(str(e).split())}; without an account: WANDB_MODE=offline") from None
 
 
-def data_identity(data: tuple[TokenFile, TokenFile, Tokenizer]) -> dict:
+def data_identity(data: Data) -> dict:
     """What a checkpoint keeps of the data, to tell on resume whether they are still the same."""
-    return dict(train_tokens=len(data[0]), validation_tokens=len(data[1]), tokenizer_tag=data[2].tag)
+    sizes = {} if isinstance(data[0], PasskeySet) else dict(train_tokens=len(data[0]), validation_tokens=len(data[1]))
+    return dict(**sizes, tokenizer_tag=data[2].tag)
 
 
 def save_checkpoint(run: Path, step: int, model: GPT, optimizer: torch.optim.AdamW, config: TrainConfig,
-                    progress: dict, tokenizer: Tokenizer):
+                    progress: dict, tokenizer: Tokenizer, memory: dict[str, torch.Tensor]):
     """Writes run/step_<step>/, whole in itself, onto the disk, then gives it its name and drops all but `keep`."""
     folder = run / f"step_{step:07d}"
     tmp = run / f".tmp_{folder.name}"
@@ -389,7 +429,7 @@ def save_checkpoint(run: Path, step: int, model: GPT, optimizer: torch.optim.Ada
         (tmp / name).write_bytes(content)
     names = {p: name for name, p in model.named_parameters()}
     state = {f"{key}.{names[p]}": x for p, s in optimizer.state.items() for key, x in s.items()}
-    save_file(state, tmp / "optimizer.safetensors")
+    save_file(state | memory, tmp / "optimizer.safetensors")
     triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None
     versions = dict(python=platform.python_version(), torch=torch.__version__, triton=triton, numpy=np.__version__)
     (tmp / "train.json").write_text(json.dumps(dict(step=step, tokens=step * config.batch_tokens, **progress,
@@ -441,9 +481,38 @@ def load_checkpoint(folder: Path, wanted: GPTConfig, tokenizer: Tokenizer) -> tu
     return model, tensors, train
 
 
+def gather_memory(states: list, place: Place) -> dict[str, torch.Tensor]:
+    """What carry_memory takes on, of the whole global batch: {memory.layer.name: (sequences, ...)} on every rank."""
+    memory = {}
+    for i in range(len(states[0].layers) if states else 0):
+        for name in states[0].layers[i].memory:
+            mine = torch.cat([state.layers[i].memory[name] for state in states]).cpu()
+            whole = mine.new_zeros(place.world, *mine.shape)
+            whole[place.rank] = mine
+            if place.world > 1:
+                dist.all_reduce(whole)
+            memory[f"memory.{i}.{name}"] = whole.flatten(0, 1)
+    return memory
+
+
+def new_memory(config: TrainConfig, place: Place, model: GPT, tensors: dict | None) -> list:
+    """With carry_memory a state for each micro-step of this rank, empty or as a checkpoint's `tensors` have it; else none."""
+    n_micro = resolve_batch(config, place.world)[1]
+    states = [model.new_state(config.batch_size) for _ in range(n_micro)] if config.carry_memory else []
+    for m, state in enumerate(states):
+        first = (place.rank * n_micro + m) * config.batch_size
+        for i, layer in enumerate(state.layers):
+            for name, x in layer.memory.items():
+                saved = (tensors or {}).get(f"memory.{i}.{name}", [])
+                if len(saved) == place.world * n_micro * config.batch_size:
+                    x.copy_(saved[first:first + config.batch_size])
+    return states
+
+
 def make_optimizer(model: GPT, config: TrainConfig, tensors: dict | None) -> torch.optim.AdamW:
     """AdamW over the model's groups, each with its own peak learning rate; its state is `tensors` if given."""
-    groups = [group | {"peak_lr": group["lr"]} for group in model.param_groups(config.weight_decay, config.lr)]
+    gate_lr = 30.0 if config.gate_lr is None else config.gate_lr
+    groups = [group | {"peak_lr": group["lr"]} for group in model.param_groups(config.weight_decay, config.lr, gate_lr)]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
     if tensors is not None:
         for name, p in model.named_parameters():
@@ -469,13 +538,38 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 
               "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
-def draw_curve(run: Path):
-    """run/loss.png: training and validation loss against tokens, from metrics.jsonl."""
+def draw(run: Path):
+    """The run's pictures, from metrics.jsonl: loss.png, and with infini layers gates.png."""
     if importlib.util.find_spec("matplotlib") is None:
         log.info("no loss.png: pip install matplotlib draws it")
         return
-    from matplotlib.figure import Figure
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    draw_curve(run, records)
+    if gated := [record for record in records if "gates" in record]:
+        draw_gates(run, gated)
+
+
+def draw_gates(run: Path, records: list[dict]):
+    """run/gates.png: at each step a histogram of the infini gates, from exact (0) to memory (1), and the line of each head."""
+    from matplotlib.figure import Figure
+    axes = (figure := Figure(figsize=(7, 4), dpi=120)).subplots()
+    steps = np.array([record["step"] for record in records])
+    gates = np.array([np.ravel(record["gates"]) for record in records])  # (steps, layers * heads)
+    counts = np.stack([np.histogram(row, bins=40, range=(0, 1))[0] for row in gates], 1)
+    axes.imshow(counts, origin="lower", aspect="auto", extent=(steps[0], steps[-1] + 1, 0, 1), cmap="Greys", alpha=0.6)
+    lines = axes.plot(steps, gates, linewidth=0.8) if gates.shape[1] <= 32 else []
+    heads = len(records[0]["gates"][0])
+    for i, line in enumerate(lines[:12]):
+        line.set_label(f"layer {i // heads} head {i % heads}")
+    axes.set(xlabel="step", ylabel="gate: sigmoid(beta), the memory's share", title=run.name, ylim=(0, 1))
+    if lines:
+        axes.legend(fontsize=7)
+    figure.savefig(run / "gates.png", bbox_inches="tight")
+
+
+def draw_curve(run: Path, records: list[dict]):
+    """run/loss.png: training and validation loss against tokens."""
+    from matplotlib.figure import Figure
     axes = (figure := Figure(figsize=(7, 4), dpi=120)).subplots()
     for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
         points = [(r["tokens"], r[key]) for r in records if key in r and "tokens" in r]
@@ -509,25 +603,31 @@ def describe(record: dict, config: TrainConfig, eta: float) -> str:
     return line.replace("e-0", "e-")  # 6.0e-4
 
 
-def micro_step(forward: torch.nn.Module, batch: Batch, m: int, place: Place, n_valid: float, sync: bool):
+def micro_step(forward: torch.nn.Module, batch: Batch, m: int, place: Place, n_valid: float, sync: bool, carried: list):
     """
     Adds the gradient of micro-step m to the parameters' -> its summed nll. The gradient is that of the mean over the
     n_valid targets of the whole global batch; DDP divides by the number of ranks, so the loss is multiplied by it.
+    carried: with carry_memory the state of each micro-step, which goes on; no gradient flows into the sequence before.
     """
-    on = batch.micro(m, place.device)
+    on, state = batch.micro(m, place.device), None
+    if carried:
+        state = carried[m]
+        state.position = 0  # infini layers know no positions but those inside a segment
+        for layer in state.layers:
+            layer.clear(on.begins)
     with contextlib.nullcontext() if sync or place.world == 1 else forward.no_sync():
-        _, nll = forward(on.x, on.y, docs=on.docs, reduction="sum")
+        _, nll = forward(on.x, on.y, docs=on.docs, state=state, reduction="sum")
         (nll * (place.world / n_valid)).backward()
     return nll.detach()
 
 
 def optimizer_step(forward: torch.nn.Module, optimizer: torch.optim.AdamW, batch: Batch, factor: float, n_valid: float,
-                   config: TrainConfig, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
+                   config: TrainConfig, place: Place, carried: list) -> tuple[torch.Tensor, torch.Tensor]:
     """One step, at `factor` of the peak learning rates -> this rank's summed nll, the gradient's norm."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     last = batch.x.shape[0] - 1
-    nll = sum(micro_step(forward, batch, m, place, n_valid, sync=m == last) for m in range(last + 1))
+    nll = sum(micro_step(forward, batch, m, place, n_valid, m == last, carried) for m in range(last + 1))
     norm = torch.nn.utils.clip_grad_norm_(forward.parameters(), config.grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -542,11 +642,11 @@ def diverged(loss: float, norm: float, weights=()) -> str:
     return "" if all(w.isfinite().all() for w in weights) else "the weights are not finite"
 
 
-def predict(forward: torch.nn.Module, batch: Batch, config: TrainConfig, place: Place, steps: int) -> float:
+def predict(forward: torch.nn.Module, batch: Batch, config: TrainConfig, place: Place, steps: int, carried: list) -> float:
     """Seconds per step, from timed micro-steps on real data; the model and the optimizer stay as they were."""
     times = []
     for _ in range(4):  # the first compiles and warms up
-        micro_step(forward, batch, 0, place, batch.n_valid, sync=False).item()  # waits for the device
+        micro_step(forward, batch, 0, place, batch.n_valid, False, carried).item()  # waits for the device
         times.append(time.perf_counter())
     forward.zero_grad(set_to_none=True)
     micro = min(times[2] - times[1], times[3] - times[2])
@@ -574,7 +674,7 @@ def note_signals(world: int) -> list[int]:
 
 
 def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: torch.optim.AdamW,
-          data: tuple[TokenFile, TokenFile, Tokenizer], start: int, wandb_run) -> tuple[int, str]:
+          data: Data, start: int, carried: list, wandb_run) -> tuple[int, str]:
     """Trains from step `start` to max_steps or to a signal, with checkpoints in `run` -> exit code, last words."""
     train_file, validation, tokenizer = data
     steps = range(start, config.max_steps)
@@ -582,15 +682,20 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
     first_sample = place.rank * n_micro * config.batch_size  # of this rank's share of the global batch
 
     def load(step: int) -> Batch:
-        batch = train_batch(train_file, config.block_size, config.seed, step, first_sample, n_micro, config.batch_size,
-                            config.mask_documents)
+        args = config.block_size, config.seed, step, first_sample, n_micro, config.batch_size
+        if isinstance(train_file, PasskeySet):
+            batch = train_file.train_batch(*args)
+        elif carried:
+            batch = carried_batch(train_file, *args, n_streams=place.world * n_micro * config.batch_size)
+        else:
+            batch = train_batch(train_file, *args, config.mask_documents)
         return batch.pin() if place.device.type == "cuda" else batch
 
     forward = model  # what a training step calls; `model` itself is evaluated and saved
     if place.world > 1:
         forward = DistributedDataParallel(model, device_ids=[place.device] if place.device.type == "cuda" else None,
                                           gradient_as_bucket_view=True)
-    seconds = predict(forward, load(start), config, place, len(steps))  # per step
+    seconds = predict(forward, load(start), config, place, len(steps), new_memory(config, place, model, None))  # per step
     began, done, wrong, caught = time.perf_counter(), start, "", note_signals(place.world)
     progress = dict(data=data_identity(data))  # what train.json says besides
     clock = lap = None  # (step, time) of the clock's start and of its last reading
@@ -602,7 +707,7 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
             break
         n_valid = next_valid
         factor = lr_factor(config, step)
-        nll, norm = optimizer_step(forward, optimizer, batch, factor, n_valid, config, place)
+        nll, norm = optimizer_step(forward, optimizer, batch, factor, n_valid, config, place, carried)
         done = step + 1
         if done == start + 3:  # what comes first is not timed: compilation, allocators, caches
             norm.item()  # waits for the device: the clock can be read
@@ -617,6 +722,8 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
             break
         record = dict(step=done, tokens=done * config.batch_tokens, loss=loss, lr=config.lr * factor)
         record["grad_norm"] = norm.item()
+        if len(gates := model.gates()):
+            record["gates"] = gates.tolist()
         if lap and done > lap[0]:
             now = time.perf_counter()
             record |= speed((now - lap[1]) / (done - lap[0]), model, config, place)
@@ -625,24 +732,27 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
             record |= evaluate(model, validation, tokenizer.token_nbytes, config, place)
         progress |= {key: record[key] for key in ("loss", "val_loss", "val_bits_per_byte") if key in record}
         log.info(describe(record, config, (config.max_steps - done) * seconds))
+        kept = gather_memory(carried, place) if saving else {}
         if place.rank == 0:
             with open(run / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(record) + "\n")
             if wandb_run is not None:
-                wandb_run.log(record, step=done)
+                wandb_run.log(record | {f"gate/{i}.{h}": g for i, layer in enumerate(record.pop("gates", []))
+                                        for h, g in enumerate(layer)}, step=done)
             if saving:
-                save_checkpoint(run, done, model, optimizer, config, progress, tokenizer)
+                save_checkpoint(run, done, model, optimizer, config, progress, tokenizer, kept)
         lap = lap and (done, time.perf_counter())
     if wrong:
         return 1, f"{wrong} at step {done}: try a smaller --lr or a longer --warmup-steps"
     if done == config.max_steps:
         if place.rank == 0:
-            draw_curve(run)
+            draw(run)
         return 0, (f"done: {done - start} steps in {duration(time.perf_counter() - began)}, val "
                    f"{record['val_loss']:.4f} nats/token, {record['val_bits_per_byte']:.4f} bits/byte; "
                    f"next: python sample.py {run}")
+    kept = gather_memory(carried, place)
     if place.rank == 0 and done and not (run / f"step_{done:07d}").exists():
-        save_checkpoint(run, done, model, optimizer, config, progress, tokenizer)
+        save_checkpoint(run, done, model, optimizer, config, progress, tokenizer, kept)
     number = caught[0] if caught else signal.SIGTERM  # none here: another rank's
     return 128 + number, (f"stopped by {signal.Signals(number).name} after step {done}/{config.max_steps}; to go on, "
                           f"add --name={run.name} --resume=auto to the same command")
@@ -681,14 +791,18 @@ def setup(args: list[str], memory: MemoryHandler) -> tuple:
     model.activation_checkpointing = config.activation_checkpointing
     model.to(place.device)
     optimizer = make_optimizer(model, config, tensors)
-    if config.compile:
+    carried = new_memory(config, place, model, tensors)
+    if config.compile and model.by_segments:
+        model._segment_loss = torch.compile(model._segment_loss, dynamic=False)  # the loop over segments stays outside
+    elif config.compile:
         model.compile(dynamic=False)  # in place: the names of the weights stay
     wandb_runs = []  # rank 0's; the run's folder is made last, after all that can fail
     if config.wandb:
         from_rank0(place, lambda: wandb_runs.append(start_wandb(run, config)))
     from_rank0(place, open_run, run, config, start, memory)
     for line in (f"run: {run}", *place.reasons,
-                 f"data: {config.data}, {count(len(data[0]))} training and {count(len(data[1]))} validation tokens",
+                 f"data: {config.data}, " + ("made as it is read" if is_passkey(config) else
+                 f"{count(len(data[0]))} training and {count(len(data[1]))} validation tokens"),
                  f"model: {count(model.num_params())} parameters, {count(model.num_params(embeddings=False))} of them "
                  f"not embeddings; vocabulary {tokenizer.vocab_size} ({config.tokenizer}), in the model "
                  f"{model.config.vocab_size}" + (f"; from {config.init_from}" if config.init_from else ""),
@@ -697,7 +811,7 @@ def setup(args: list[str], memory: MemoryHandler) -> tuple:
                  *([f"resume: {checkpoint or 'no checkpoint yet'}, after step {start}"] if config.resume else []),
                  *([f"resume: from here on the curve differs by {', '.join(changed)}"] if changed else [])):
         log.info(line)
-    return config, place, run, model, optimizer, data, start, wandb_runs[0] if wandb_runs else None
+    return config, place, run, model, optimizer, data, start, carried, wandb_runs[0] if wandb_runs else None
 
 
 class Stdout(logging.StreamHandler):

@@ -26,9 +26,11 @@ class Batch(NamedTuple):
     y: torch.Tensor  # (..., T) int64, the token after each x, IGNORE where there is none to predict
     docs: torch.Tensor | None  # (..., T) int32 document numbers, counted from the window's first; only when asked for
     n_valid: int  # targets that are not IGNORE
+    begins: torch.Tensor | None = None  # (...) bool, the sequence is a document's first; only with carried_batch
 
     def _map(self, function) -> "Batch":
-        return Batch(*(None if t is None else function(t) for t in self[:3]), self.n_valid)
+        x, y, docs, begins = (None if t is None else function(t) for t in (*self[:3], self.begins))
+        return Batch(x, y, docs, self.n_valid, begins)
 
     def pin(self) -> "Batch":
         """The same batch in page-locked memory, from which copies to a GPU run asynchronously."""
@@ -42,8 +44,11 @@ class Batch(NamedTuple):
         return self._map(lambda t: t[m].to(device, non_blocking=True))
 
 
-def check_length(file, block_size: int):
-    """ValueError naming both numbers when the set does not hold one window."""
+def check_length(file, block_size: int, carried: bool = False):
+    """ValueError naming both numbers when the set does not hold one window; carried: when no document does."""
+    if carried and (longest := int(np.diff(file.doc_offsets).max())) < block_size + 1:
+        raise ValueError(f"{file.path}: its longest document has {longest} tokens, carry_memory reads inside one and needs "
+                         f"block_size + 1 = {block_size + 1}: use --block-size {max(1, longest - 1)} at most")
     if file.n_tokens < block_size + 1:
         raise ValueError(f"{file.path} holds {file.n_tokens} tokens, a window needs block_size + 1 = {block_size + 1}: "
                          f"use more text or --block-size {max(1, file.n_tokens - 1)} at most")
@@ -92,6 +97,27 @@ def train_batch(file, block_size: int, seed: int, step: int, first: int, n_micro
     batch = _stack(file, starts, np.full(n, block_size), block_size, with_docs)
     x, y, docs = (None if t is None else t.view(n_micro, batch_size, block_size) for t in batch[:3])
     return Batch(x, y, docs, batch.n_valid)
+
+
+def carried_batch(file, block_size: int, seed: int, step: int, first: int, n_micro: int, batch_size: int,
+                  n_streams: int) -> Batch:
+    """
+    As train_batch, but each of the n_streams sequences of the global batch reads on, step by step, where it was: every
+    document in windows of block_size from its first token on (what is left at its end is left out), the documents in an
+    order drawn from `seed`, over and over. The streams start evenly spread over that order. `begins` says where a
+    sequence is its document's first, or the stream's.
+    """
+    order = sample_rng(seed, 0, 0).permutation(file.n_docs)
+    windows = np.maximum(0, np.diff(file.doc_offsets)[order] - 1) // block_size
+    ends = np.cumsum(windows)  # of the documents, in windows
+    at = ((first + np.arange(n_micro * batch_size)) * ends[-1] // n_streams + step) % ends[-1]
+    place = np.searchsorted(ends, at, side="right")
+    within = at - (ends - windows)[place]
+    starts = file.doc_offsets[order[place]] + within * block_size
+    batch = _stack(file, starts, np.full(len(at), block_size), block_size, False)
+    x, y = (t.view(n_micro, batch_size, block_size) for t in batch[:2])
+    begins = torch.from_numpy((within == 0) | (step == 0)).view(n_micro, batch_size)
+    return Batch(x, y, None, batch.n_valid, begins)
 
 
 def eval_batches(file, block_size: int, batch_size: int, n_targets: int, rank: int = 0, world: int = 1,

@@ -8,7 +8,7 @@ import sys
 from kernels.attention import attention
 from kernels.decode import decode_attention
 from kernels.loss import linear_cross_entropy
-from kernels.memory import infini_attention
+from kernels.memory import infini_attention, memory_read
 from kernels.merge import apply_sink_logit, merge_attention
 from kernels.norm import rms_norm
 from kernels.rope import rope, rope_frequencies, rope_turns

@@ -13,8 +13,12 @@ A_dot is kernels.attention over rotated q and k; the memory takes them un-rotate
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-from kernels.attention import attention
+from kernels.attention import _strided, attention
+from kernels.backend import arch, dot_precision, register, tl, triton, use_triton
+
+TINY = tl.constexpr(1.1754943508222875e-38)  # float32's smallest normal number: a smaller weight is an empty memory's
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -27,7 +31,7 @@ def _sigma(x):
 def _retrieve(s, M, z):
     """s (..., n, D), M (..., D, D), z (..., D) -> s M / (s . z), 0 where z is 0."""
     weight = s @ z[..., None]
-    empty = weight < torch.finfo(weight.dtype).tiny
+    empty = weight < 1.1754943508222875e-38
     return (s @ M / weight.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
 
 
@@ -79,6 +83,453 @@ def _memory_ref(q, k, v, local, beta, M, z, docs, segment, delta):
         read = read * reads[:, Tk - Tq:, None, None]
     gate = beta.to(acc).sigmoid()[:, None]
     return (gate * read + (1 - gate) * local.to(acc)).to(q.dtype), M, z
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Triton kernels. Each program works inside one segment. `rows` count from a block's first row, which its pointers include;
+# those from `lo` up to `hi` exist. Matrices are read in slices of BLOCK_K of the dimension that a product sums over.
+
+@triton.jit
+def _load(X, rows, cols, lo, hi, stride, D: tl.constexpr):
+    """(rows, cols) of a tensor with rows of D; 0 outside."""
+    mask = ((rows >= lo) & (rows < hi))[:, None] & (cols < D)[None, :]
+    return tl.load(X + rows[:, None] * stride + cols[None, :], mask, 0.0)
+
+
+@triton.jit
+def _store(X, x, rows, cols, lo, hi, stride, D: tl.constexpr):
+    mask = ((rows >= lo) & (rows < hi))[:, None] & (cols < D)[None, :]
+    tl.store(X + rows[:, None] * stride + cols[None, :], x.to(X.dtype.element_ty), mask)
+
+
+@triton.jit
+def _sigma_kernel(x, ACC: tl.constexpr):
+    x = x.to(ACC)
+    return tl.where(x > 0, x + 1.0, tl.exp(x))
+
+
+@triton.jit
+def _inverse(weight):
+    """1 / weight; 0 for the 0 of an empty memory."""
+    return tl.where(weight < TINY, 0.0, 1.0 / tl.where(weight < TINY, 1.0, weight))
+
+
+@triton.jit
+def _row_block(T_Q, T_K, N, first, per_segment, segments, HEADS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """
+    (batch entry, head, segment, first row, lo, hi) of this program, among the last T_Q of T_K tokens; the row counts from
+    the first of them and may be negative.
+    """
+    block = tl.program_id(0) % per_segment
+    segment = first + tl.program_id(0) // per_segment % segments
+    head = (tl.program_id(0) // per_segment // segments).to(tl.int64)
+    token = tl.cast(segment, tl.int64) * N + block * BLOCK_M
+    lo = tl.maximum(0, tl.minimum(BLOCK_M, T_K - T_Q - token)).to(tl.int32)
+    hi = tl.minimum(tl.minimum(BLOCK_M, N - block * BLOCK_M), T_K - token).to(tl.int32)
+    return head // HEADS, head % HEADS, tl.cast(segment, tl.int64), token - (T_K - T_Q), lo, hi
+
+
+@triton.jit(do_not_specialize=["T", "N", "before", "slots", "stride_wb", "stride_wh"])
+def _outer_kernel(X, Y, Z, W, C, OUT, SUMS, T, N, before, slots, stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh,
+                  stride_wb, stride_wh, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SHIFT: tl.constexpr,
+                  PROJECT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+    """
+    For each kv head and segment, over its rows and query heads: OUT = sum sigma(x)^T (w y), SUMS = sum c sigma(x), c = w
+    where C is None and w = 1 where W is. PROJECT: y = sigma(x) and w is divided by sigma(x) . z. Row 0 is token `before`;
+    segment s goes to slot s + SHIFT of the `slots` that OUT and SUMS have.
+    """
+    blocks: tl.constexpr = (D + BLOCK_V - 1) // BLOCK_V
+    v = tl.program_id(0) % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
+    segment = (tl.program_id(0) // blocks % (slots - SHIFT)).to(tl.int64)
+    head = (tl.program_id(0) // blocks // (slots - SHIFT)).to(tl.int64)
+    b = head // G
+    g = head % G
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    start = tl.maximum(0, segment * N - before)
+    stop = tl.minimum(T, (segment + 1) * N - before)
+    per_head = tl.maximum(0, tl.cdiv(stop - start, BLOCK_M)).to(tl.int32)
+    b_out = tl.zeros((BLOCK_D, BLOCK_V), ACC)
+    b_sums = tl.zeros((BLOCK_D,), ACC)
+    if PROJECT:
+        b_z = tl.load(Z + (head * (slots + 1) + segment) * D + d, d < D, 0.0)
+    for i in range(0, GROUP * per_head):
+        h = g * GROUP + i // per_head
+        row = start + i % per_head * BLOCK_M
+        hi = tl.minimum(BLOCK_M, stop - row).to(tl.int32)
+        x_block = X + b * stride_xb + h * stride_xh + row * stride_xt
+        b_x = _sigma_kernel(_load(x_block, m, d, 0, hi, stride_xt, D), ACC)
+        b_w = (m < hi).to(ACC)
+        if W is not None:
+            b_w = tl.load(W + b * stride_wb + h * stride_wh + row + m, m < hi, 0.0)
+        if PROJECT:
+            b_y = _sigma_kernel(_load(x_block, m, v, 0, hi, stride_xt, D), ACC)
+            b_w *= _inverse(tl.sum(b_x * b_z[None, :], 1))
+        else:
+            b_y = _load(Y + b * stride_yb + h * stride_yh + row * stride_yt, m, v, 0, hi, stride_yt, D).to(ACC)
+        if W is not None or PROJECT:
+            b_y = b_y * b_w[:, None]
+        b_out = tl.dot(tl.trans(b_x), b_y, b_out, input_precision=PRECISION, out_dtype=ACC)
+        if C is not None:
+            b_w = tl.load(C + b * stride_wb + h * stride_wh + row + m, m < hi, 0.0)
+        if SUMS is not None:
+            b_sums += tl.sum(b_x * b_w[:, None], 0)
+    at = head * slots + segment + SHIFT
+    _store(OUT + at * D * D, b_out, d, v, 0, D, D, D)
+    if SUMS is not None:
+        if tl.program_id(0) % blocks == 0:
+            tl.store(SUMS + at * D + d, b_sums, d < D)
+
+
+@triton.jit(do_not_specialize=["S"])
+def _scan_kernel(X, P, CARRY, S, G: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr, REVERSE: tl.constexpr,
+                 PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+                 BLOCK_D: tl.constexpr):
+    """
+    X (B G, S + 1, D, COLS) in place: X[s + 1] += carry_s (I - P_s) X[s], s upwards; REVERSE: X[s] += carry_s (I - P_s)
+    X[s + 1], s downwards. P None is 0, CARRY None 1.
+    """
+    blocks: tl.constexpr = (COLS + BLOCK_V - 1) // BLOCK_V
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    v = tl.program_id(0) % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
+    d = tl.arange(0, BLOCK_D)
+    X += (head * (S + 1) + (S if REVERSE else 0)) * D * COLS
+    b_x = _load(X, d, v, 0, D, COLS, COLS)
+    for i in range(0, S):
+        segment = S - 1 - i if REVERSE else i
+        if P is not None:
+            tl.debug_barrier()  # the product reads what all threads of this program wrote
+            b_px = tl.zeros((BLOCK_D, BLOCK_V), ACC)
+            for start in range(0, D, BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)
+                b_p = _load(P + (head * S + segment) * D * D, d, k, 0, D, D, D)
+                b_px = tl.dot(b_p, _load(X, k, v, 0, D, COLS, COLS), b_px, input_precision=PRECISION, out_dtype=ACC)
+            b_x -= b_px
+        if CARRY is not None:
+            b_x *= tl.load(CARRY + head // G * S + segment)
+        X += (-1 if REVERSE else 1) * D * COLS
+        b_x += _load(X, d, v, 0, D, COLS, COLS)
+        _store(X, b_x, d, v, 0, D, COLS, COLS)
+
+
+@triton.jit(do_not_specialize=["T_Q", "T_K", "N", "first", "per_segment", "segments", "slots"])
+def _read_fwd_kernel(Q, LOCAL, BETA, M, Z, READS, OUT, T_Q, T_K, N, first, per_segment, segments, slots,
+                     stride_qb, stride_qt, stride_qh, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+                     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
+                     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """OUT = g sigma(q) M / (sigma(q) . z) + (1 - g) LOCAL."""
+    b, h, segment, row, lo, hi = _row_block(T_Q, T_K, N, first, per_segment, segments, H, BLOCK_M)
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    at = (b * (H // GROUP) + h // GROUP) * slots + segment
+    Q += b * stride_qb + h * stride_qh + row * stride_qt
+    contiguous = ((b * T_Q + row) * H + h) * D  # where this block lies in LOCAL and OUT
+    b_read = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    b_weight = tl.zeros((BLOCK_M,), ACC)
+    for start in range(0, D, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        b_q = _sigma_kernel(_load(Q, m, k, lo, hi, stride_qt, D), ACC)
+        b_weight += tl.sum(b_q * tl.load(Z + at * D + k, k < D, 0.0)[None, :], 1)
+        b_m = _load(M + at * D * D, k, d, 0, D, D, D)
+        b_read = tl.dot(b_q, b_m, b_read, input_precision=PRECISION, out_dtype=ACC)
+    b_inverse = _inverse(b_weight)
+    if READS is not None:
+        b_inverse *= tl.load(READS + b * T_K + (T_K - T_Q) + row + m, (m >= lo) & (m < hi), 0.0)
+    gate = tl.sigmoid(tl.load(BETA + h).to(ACC))
+    b_local = _load(LOCAL + contiguous, m, d, lo, hi, H * D, D).to(ACC)
+    _store(OUT + contiguous, (gate * b_inverse)[:, None] * b_read + (1.0 - gate) * b_local, m, d, lo, hi, H * D, D)
+
+
+@triton.jit(do_not_specialize=["T_Q", "T_K", "N", "first", "per_segment", "segments", "slots"])
+def _read_bwd_kernel(DOUT, Q, LOCAL, BETA, M, Z, READS, DQ, DLOCAL, DBETA, W, C, T_Q, T_K, N, first, per_segment, segments,
+                     slots, stride_ob, stride_ot, stride_oh, stride_qb, stride_qt, stride_qh, H: tl.constexpr,
+                     GROUP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+                     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """
+    dq, dlocal, a part of dbeta per program, and the weights for the sums dM = sum sigma(q)^T (w dout) and dz = sum c
+    sigma(q). With y = dout M^T: dout . A_mem = sigma(q) . y / (sigma(q) . z), so that A_mem is not computed again.
+    """
+    b, h, segment, row, lo, hi = _row_block(T_Q, T_K, N, first, per_segment, segments, H, BLOCK_M)
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    at = (b * (H // GROUP) + h // GROUP) * slots + segment
+    DOUT += b * stride_ob + h * stride_oh + row * stride_ot
+    Q += b * stride_qb + h * stride_qh + row * stride_qt
+    contiguous = ((b * T_Q + row) * H + h) * D  # where this block lies in LOCAL, DLOCAL and DQ
+    gate = tl.sigmoid(tl.load(BETA + h).to(ACC))
+    b_y = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    b_dgate = tl.zeros((BLOCK_M,), ACC)
+    for start in range(0, D, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        b_dout = _load(DOUT, m, k, lo, hi, stride_ot, D).to(ACC)
+        b_dgate -= tl.sum(b_dout * _load(LOCAL + contiguous, m, k, lo, hi, H * D, D).to(ACC), 1)
+        _store(DLOCAL + contiguous, (1.0 - gate) * b_dout, m, k, lo, hi, H * D, D)
+        b_m = _load(M + at * D * D, d, k, 0, D, D, D)
+        b_y = tl.dot(b_dout, tl.trans(b_m), b_y, input_precision=PRECISION, out_dtype=ACC)
+    b_q = _sigma_kernel(_load(Q, m, d, lo, hi, stride_qt, D), ACC)
+    b_z = tl.load(Z + at * D + d, d < D, 0.0)
+    exists = (m >= lo) & (m < hi)
+    b_w = _inverse(tl.sum(b_q * b_z[None, :], 1))
+    if READS is not None:
+        b_w *= tl.load(READS + b * T_K + (T_K - T_Q) + row + m, exists, 0.0)
+    b_dot = tl.sum(b_q * b_y, 1) * b_w  # dout . A_mem
+    b_dgate += b_dot
+    b_w *= gate
+    b_dq = b_w[:, None] * (b_y - b_dot[:, None] * b_z[None, :]) * tl.where(b_q > 1.0, 1.0, b_q)
+    _store(DQ + contiguous, b_dq, m, d, lo, hi, H * D, D)
+    tl.store(W + (b * H + h) * T_Q + row + m, b_w, exists)
+    tl.store(C + (b * H + h) * T_Q + row + m, -b_w * b_dot, exists)
+    tl.store(DBETA + tl.program_id(0), gate * (1.0 - gate) * tl.sum(b_dgate, 0))
+
+
+@triton.jit(do_not_specialize=["T", "N", "per_segment", "segments"])
+def _delta_bwd_kernel(K, Z, F, WRITES, CARRY, INVERSE, RHO, DZ, T, N, per_segment, segments, stride_kb, stride_kt, stride_kh,
+                      G: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+                      BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """
+    Per token, with F = dM M^T + M dM^T: w / (sigma(k) . z) and rho = w sigma(k) F sigma(k) / (2 (sigma(k) . z)^2); per
+    program DZ = sum rho sigma(k), a part of what the delta rule's reads give z.
+    """
+    b, g, segment, row, _, hi = _row_block(T, T, N, 0, per_segment, segments, G, BLOCK_M)
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    at = b * G + g
+    K += b * stride_kb + g * stride_kh + row * stride_kt
+    b_kf = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    for start in range(0, D, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        b_k = _sigma_kernel(_load(K, m, k, 0, hi, stride_kt, D), ACC)
+        b_f = _load(F + (at * segments + segment) * D * D, k, d, 0, D, D, D)
+        b_kf = tl.dot(b_k, b_f, b_kf, input_precision=PRECISION, out_dtype=ACC)
+    b_k = _sigma_kernel(_load(K, m, d, 0, hi, stride_kt, D), ACC)
+    b_z = tl.load(Z + (at * (segments + 1) + segment) * D + d, d < D, 0.0)
+    b_inverse = _inverse(tl.sum(b_k * b_z[None, :], 1))
+    b_w = b_inverse
+    if WRITES is not None:
+        b_w *= tl.load(WRITES + b * T + row + m, m < hi, 0.0) * tl.load(CARRY + b * segments + segment)
+    b_rho = tl.where(m < hi, 0.5 * tl.sum(b_kf * b_k, 1) * b_w * b_inverse, 0.0)
+    tl.store(INVERSE + at * T + row + m, b_w, m < hi)
+    tl.store(RHO + at * T + row + m, b_rho, m < hi)
+    tl.store(DZ + tl.program_id(0).to(tl.int64) * D + d, tl.sum(b_rho[:, None] * b_k, 0), d < D)
+
+
+@triton.jit(do_not_specialize=["T", "T_K", "N", "per_segment", "segments"])
+def _write_bwd_kernel(K, V, Z, DM, DSUM, F, WRITES, INVERSE, RHO, DK, DV, T, T_K, N, per_segment, segments,
+                      stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, G: tl.constexpr, D: tl.constexpr,
+                      PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+                      BLOCK_D: tl.constexpr):
+    """
+    dv = w sigma(k) dM, dsigma(k) = w (v dM^T + dz) [- w sigma(k) F / (sigma(k) . z) + rho z: delta]; dM and dz are those
+    of the memory after the segment, z that before it.
+    """
+    b, g, segment, row, _, hi = _row_block(T, T, N, 0, per_segment, segments, G, BLOCK_M)
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    at = b * G + g
+    slot = at * (segments + 1) + segment
+    K += b * stride_kb + g * stride_kh + row * stride_kt
+    V += b * stride_vb + g * stride_vh + row * stride_vt
+    DM += (slot + 1) * D * D
+    contiguous = ((b * T_K + row) * G + g) * D
+    b_w = (m < hi).to(ACC)
+    if WRITES is not None:
+        b_w = tl.load(WRITES + b * T + row + m, m < hi, 0.0)
+    if F is not None:
+        b_inverse = tl.load(INVERSE + at * T + row + m, m < hi, 0.0)
+    b_dk = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    b_dv = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    for start in range(0, D, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        b_k = _sigma_kernel(_load(K, m, k, 0, hi, stride_kt, D), ACC)
+        b_v = _load(V, m, k, 0, hi, stride_vt, D).to(ACC) * b_w[:, None]
+        b_dv = tl.dot(b_k * b_w[:, None], _load(DM, k, d, 0, D, D, D), b_dv, input_precision=PRECISION, out_dtype=ACC)
+        b_dk = tl.dot(b_v, tl.trans(_load(DM, d, k, 0, D, D, D)), b_dk, input_precision=PRECISION, out_dtype=ACC)
+        if F is not None:
+            b_f = _load(F + (at * segments + segment) * D * D, k, d, 0, D, D, D)
+            b_dk = tl.dot(b_k * -b_inverse[:, None], b_f, b_dk, input_precision=PRECISION, out_dtype=ACC)
+    _store(DV + contiguous, b_dv, m, d, 0, hi, G * D, D)
+    b_dk += b_w[:, None] * tl.load(DSUM + (slot + 1) * D + d, d < D, 0.0)[None, :]
+    if F is not None:
+        b_rho = tl.load(RHO + at * T + row + m, m < hi, 0.0)
+        b_dk += b_rho[:, None] * tl.load(Z + slot * D + d, d < D, 0.0)[None, :]
+    b_k = _sigma_kernel(_load(K, m, d, 0, hi, stride_kt, D), ACC)
+    _store(DK + contiguous, b_dk * tl.where(b_k > 1.0, 1.0, b_k), m, d, 0, hi, G * D, D)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# launchers
+
+# (bytes per element, BLOCK_D) -> kernel -> (BLOCK_M, BLOCK_K, num_warps, num_stages); the outer products' second is the
+# columns of a program, the scan's are columns and BLOCK_K.
+TILES = {
+    (2, 64): dict(outer=(64, 64, 4, 2), scan=(16, 32, 4, 2), read_fwd=(64, 32, 4, 2), read_bwd=(64, 32, 4, 2),
+                  delta_bwd=(64, 32, 4, 2), write_bwd=(64, 32, 4, 2)),
+    (2, 128): dict(outer=(64, 64, 8, 2), scan=(16, 32, 8, 2), read_fwd=(64, 32, 8, 2), read_bwd=(64, 32, 8, 2),
+                   delta_bwd=(64, 32, 8, 2), write_bwd=(64, 32, 8, 2)),
+    (2, 256): dict(outer=(32, 64, 8, 2), scan=(16, 32, 8, 2), read_fwd=(64, 32, 8, 2), read_bwd=(32, 32, 8, 2),
+                   delta_bwd=(32, 32, 8, 2), write_bwd=(32, 32, 8, 2)),
+    (4, 64): dict(outer=(32, 32, 8, 2), scan=(16, 32, 8, 2), read_fwd=(32, 32, 8, 2), read_bwd=(32, 32, 8, 2),
+                  delta_bwd=(32, 32, 8, 2), write_bwd=(32, 32, 8, 2)),
+    (4, 128): dict(outer=(16, 32, 8, 2), scan=(16, 16, 8, 2), read_fwd=(32, 16, 8, 2), read_bwd=(32, 16, 8, 2),
+                   delta_bwd=(32, 16, 8, 2), write_bwd=(32, 16, 8, 2)),
+    (4, 256): dict(outer=(16, 16, 8, 2), scan=(16, 16, 8, 2), read_fwd=(16, 16, 8, 2), read_bwd=(16, 16, 8, 2),
+                   delta_bwd=(16, 16, 8, 2), write_bwd=(16, 16, 8, 2)),
+}
+BLOCK_NAMES = {"outer": ("BLOCK_M", "BLOCK_V"), "scan": ("BLOCK_V", "BLOCK_K")}
+
+
+def _options(kernel, x, dtype=None):
+    """The head dim of x (..., D), precision, accumulator and tile of a kernel on inputs of `dtype` (default: that of x)."""
+    dtype, block_d = dtype or x.dtype, max(16, triton.next_power_of_2(x.shape[-1]))
+    tile = (16, 16, 4, 1) if arch(x) == "cpu" else TILES[min(4, dtype.itemsize), max(64, block_d)][kernel]
+    precision = dot_precision(dtype)
+    if dtype.itemsize == 2 and arch(x) != "gfx":  # one side of each product is float32
+        precision = "tf32"
+    if kernel == "scan" and precision == "tf32":  # errors add up over the segments
+        precision = "tf32x3"
+    blocks = dict(zip(BLOCK_NAMES.get(kernel, ("BLOCK_M", "BLOCK_K")), (min(n, block_d) for n in tile)))
+    if kernel != "scan":
+        blocks["BLOCK_M"] = tile[0]
+    return dict(D=x.shape[-1], PRECISION=precision, ACC=getattr(tl, str(torch.promote_types(dtype, torch.float32))[6:]),
+                BLOCK_D=block_d, num_warps=tile[2], num_stages=tile[3], **blocks)
+
+
+def _outer(x, y, out, sums, segment, before, shift, z=None, w=None, c=None):
+    """x, y (B, T, heads, D); out (B, G, slots, D, D), sums (B, G, slots, D); w, c (B, heads or 1, T). See the kernel."""
+    options, (B, T, heads, D), (G, slots) = _options("outer", x), x.shape, out.shape[1:3]
+    programs = B * G * (slots - shift) * triton.cdiv(D, options["BLOCK_V"])
+    if programs:
+        _outer_kernel[(programs,)](
+            x, y, z, w, c, out, sums, T, segment, before, slots, *x.stride()[:3], *y.stride()[:3],
+            *((0, 0) if w is None else (w.stride(0), w.stride(1) if w.shape[1] > 1 else 0)), G=G, GROUP=heads // G,
+            SHIFT=shift, PROJECT=z is not None, **options)
+
+
+def _projections(k, zs, writes, segment):
+    """P (B, G, S, D, D) float32: sum over each segment of w sigma(k)^T sigma(k) / (sigma(k) . z)."""
+    B, G, slots, D = zs.shape
+    P = torch.empty(B, G, slots - 1, D, D, dtype=zs.dtype, device=zs.device)
+    _outer(k, k, P, None, segment, 0, 0, z=zs, w=writes)
+    return P
+
+
+def _scan(x, P, carry, dtype, reverse=False):
+    """In place over the slots of x (B, G, S + 1, D, D), or (B, G, S + 1, D) without P."""
+    (B, G, slots, D), cols = x.shape[:4], x.stride(3)
+    options = _options("scan", x, dtype) | ({} if x.dim() == 5 else dict(BLOCK_V=1))
+    if B * G * (slots - 1):
+        _scan_kernel[(B * G * triton.cdiv(cols, options["BLOCK_V"]),)](x, P, carry, slots - 1, G=G, COLS=cols, REVERSE=reverse,
+                                                                       **options)
+
+
+def _grid(Tq, Tk, segment, block_m):
+    """The first segment with a query, the blocks of rows per segment, and the segments with queries."""
+    first = (Tk - Tq) // segment
+    return first, triton.cdiv(min(segment, Tk), block_m), triton.cdiv(Tk, segment) - first
+
+
+def _flags(docs, segment, dtype):
+    """_ownership in `dtype`: carry (B, S), writes (B, 1, S N), reads (B, Tk)."""
+    if docs is None:
+        return None, None, None
+    carry, writes, reads = (x.to(dtype).contiguous() for x in _ownership(docs, segment))
+    return carry, writes[:, None], reads
+
+
+def _memory_fwd(q, k, v, local, beta, M, z, docs, segment, delta):
+    """-> out, and the memory before each whole segment and after the last: M (B, G, S + 1, D, D), z (B, G, S + 1, D)."""
+    (B, Tq, H, D), (_, Tk, G, _) = q.shape, k.shape
+    q, k, v, local = _strided(q), _strided(k), _strided(v), local.contiguous()
+    whole, slots = Tk // segment * segment, Tk // segment + 1
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    Ms = torch.empty(B, G, slots, D, D, dtype=M.dtype, device=q.device)
+    zs = torch.empty(B, G, slots, D, dtype=M.dtype, device=q.device)
+    Ms[:, :, 0], zs[:, :, 0] = M, z
+    carry, writes, reads = _flags(docs, segment, M.dtype)
+    _outer(k[:, :whole], v[:, :whole], Ms, zs, segment, 0, 1, w=writes)
+    _scan(zs, None, carry, q.dtype)
+    _scan(Ms, _projections(k[:, :whole], zs, writes, segment) if delta else None, carry, q.dtype)
+    options = _options("read_fwd", q)
+    first, per_segment, segments = _grid(Tq, Tk, segment, options["BLOCK_M"])
+    if q.numel():
+        _read_fwd_kernel[(B * H * segments * per_segment,)](
+            q, local, beta, Ms, zs, reads, out, Tq, Tk, segment, first, per_segment, segments, slots, *q.stride()[:3], H=H,
+            GROUP=H // G, **options)
+    return out, Ms, zs
+
+
+def _memory_bwd(dout, dM, dz, q, k, v, local, beta, Ms, zs, docs, segment, delta):
+    """-> [dq, dk, dv, dlocal, dbeta, dM, dz], the last two of the state before the first key."""
+    (B, Tq, H, D), (_, Tk, G, _) = q.shape, k.shape
+    q, k, v, dout, local = *(_strided(x) for x in (q, k, v, dout)), local.contiguous()
+    S, whole, like = Tk // segment, Tk // segment * segment, dict(dtype=Ms.dtype, device=q.device)
+    carry, writes, reads = _flags(docs, segment, Ms.dtype)
+    dq, dlocal = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
+    w, c = (torch.empty(B, H, Tq, **like) for _ in range(2))
+    options = _options("read_bwd", q)
+    first, per_segment, segments = _grid(Tq, Tk, segment, options["BLOCK_M"])
+    dbeta = torch.empty(B, H, per_segment * segments, **like)
+    if q.numel():
+        _read_bwd_kernel[(dbeta.numel(),)](
+            dout, q, local, beta, Ms, zs, reads, dq, dlocal, dbeta, w, c, Tq, Tk, segment, first, per_segment, segments, S + 1,
+            *dout.stride()[:3], *q.stride()[:3], H=H, GROUP=H // G, **options)
+    dMs, dzs = torch.empty_like(Ms), torch.empty_like(zs)
+    _outer(q, dout, dMs, dzs, segment, Tk - Tq, 0, w=w, c=c)
+    dMs[:, :, -1] += dM
+    dzs[:, :, -1] += dz
+    k_whole, F_, inverse, rho = k[:, :whole], None, None, None
+    _scan(dMs, _projections(k_whole, zs, writes, segment) if delta else None, carry, q.dtype, reverse=True)
+    if delta:
+        F_ = dMs[:, :, 1:] @ Ms[:, :, :-1].mT
+        F_ = F_ + F_.mT
+        inverse, rho = (torch.empty(B, G, whole, **like) for _ in range(2))
+        options = _options("delta_bwd", k)
+        per_segment = triton.cdiv(segment, options["BLOCK_M"])
+        parts = torch.empty(B, G, S, per_segment, D, **like)
+        if parts.numel():
+            _delta_bwd_kernel[(parts.numel() // D,)](
+                k, zs, F_, writes, carry, inverse, rho, parts, whole, segment, per_segment, S, *k.stride()[:3], G=G, **options)
+        dzs[:, :, :-1] += parts.sum(3)
+    _scan(dzs, None, carry, q.dtype, reverse=True)
+    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    dk[:, whole:], dv[:, whole:] = 0, 0
+    options = _options("write_bwd", k)
+    per_segment = triton.cdiv(segment, options["BLOCK_M"])
+    if k_whole.numel():
+        _write_bwd_kernel[(B * G * S * per_segment,)](
+            k, v, zs, dMs, dzs, F_, writes, inverse, rho, dk, dv, whole, Tk, segment, per_segment, S, *k.stride()[:3],
+            *v.stride()[:3], G=G, **options)
+    return [dq, dk, dv, dlocal, dbeta.sum((0, 2)).to(beta.dtype), dMs[:, :, 0].clone(), dzs[:, :, 0].clone()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# registration, autograd
+
+register("memory_fwd",
+         "(Tensor q, Tensor k, Tensor v, Tensor local, Tensor beta, Tensor M, Tensor z, Tensor? docs, SymInt segment, "
+         "bool delta) -> (Tensor, Tensor, Tensor)", _memory_fwd,
+         lambda q, k, v, local, beta, M, z, docs, segment, delta: (
+             q.new_empty(q.shape), *(x.new_empty(*x.shape[:2], k.shape[1] // segment + 1, *x.shape[2:]) for x in (M, z))))
+register("memory_bwd",
+         "(Tensor dout, Tensor dM, Tensor dz, Tensor q, Tensor k, Tensor v, Tensor local, Tensor beta, Tensor Ms, Tensor zs, "
+         "Tensor? docs, SymInt segment, bool delta) -> Tensor[]", _memory_bwd,
+         lambda dout, dM, dz, q, k, v, local, beta, *_: [x.new_empty(x.shape) for x in (q, k, v, q, beta, dM, dz)])
+
+
+class _Memory(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, local, beta, M, z, docs, segment, delta):
+        out, Ms, zs = torch.ops.nanolong.memory_fwd(q, k, v, local, beta, M, z, docs, segment, delta)
+        ctx.save_for_backward(q, k, v, local, beta, Ms, zs, docs)
+        ctx.options = segment, delta
+        return out, Ms[:, :, -1].clone(), zs[:, :, -1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dM, dz):
+        grads = torch.ops.nanolong.memory_bwd(dout, dM, dz, *ctx.saved_tensors, *ctx.options)
+        return *grads, None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -150,5 +601,18 @@ def infini_attention(q, k, v, beta, *, q_rot, k_rot, segment, rule="delta", stat
     else:
         local = attention(q_rot, k_rot, v, scale=scale, alibi_slopes=alibi_slopes, q_start=Tk - Tq,
                           q_docs=places[:, Tk - Tq:], k_docs=places)
-    out, M, z = _memory_ref(q, k, v, local, beta, M, z, docs, segment, rule == "delta")
+    memory = _Memory.apply if use_triton(q) else _memory_ref
+    out, M, z = memory(q, k, v, local, beta, M, z, docs, segment, rule == "delta")
     return out, (M, z)
+
+
+def memory_read(q, local, beta, state):
+    """
+    What infini_attention puts out for queries whose local attention is known: sigmoid(beta) A_mem + (1 - sigmoid(beta))
+    local, like q. q, local (B, T, H, D), q un-rotated; beta (H,); state (M, z) as there, of before the queries' segment.
+    """
+    (B, T, H, D), (M, z) = q.shape, state
+    G, acc = M.shape[1], M.dtype
+    read = _retrieve(_sigma(_segments(q.to(acc), T, G))[0], M, z).view(B, G, H // G, T, D).permute(0, 3, 1, 2, 4)
+    gate = beta.to(acc).sigmoid()[:, None]
+    return (gate * read.reshape(q.shape) + (1 - gate) * local.to(acc)).to(q.dtype)

@@ -1,6 +1,6 @@
 """
-Window attention with sinks in the model: a stream, any chunking of it, one parallel pass and StreamingLLM written out
-literally are the same numbers at every layer, past many evictions; states, files and configurations.
+Streaming: a stream, any chunking of it, one parallel pass and, for windows with sinks, StreamingLLM written out literally
+are the same numbers at every layer, past many evictions and folded segments; states, files and configurations.
 """
 
 import itertools
@@ -25,6 +25,10 @@ VARIANTS = {
     "sink logit": dict(sink_logit=True),
     "sink tokens": dict(sink_tokens=2),
     "hybrid": dict(attention="window,full", sink_logit=True, sink_tokens=1),
+    "infini": dict(attention="infini", segment=9),
+    "infini linear": dict(attention="infini", segment=8, memory_rule="linear", n_kv_head=1, rope_fraction=0.5),
+    "infini alibi": dict(attention="infini", segment=12, position="alibi"),
+    "infini hybrid": dict(attention="infini,window,full", segment=5, sinks=0),
 }
 
 
@@ -131,7 +135,7 @@ def test_stream_equals_parallel(variant, dtype, tolerance):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["rope", "partial rope", "alibi"])
+@pytest.mark.parametrize("variant", ["rope", "partial rope", "alibi", "infini"])
 def test_long_stream_in_chunks_of_1000(variant):
     model, idx = tiny(variant), torch.randint(0, 61, (1, 1600))
     whole = layers_of(model, lambda: model(idx)[0])
@@ -140,7 +144,7 @@ def test_long_stream_in_chunks_of_1000(variant):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["rope", "alibi", "hybrid"])
+@pytest.mark.parametrize("variant", ["rope", "alibi", "hybrid", "infini", "infini alibi"])
 def test_stream_on_the_kernels(variant, triton_kernels, monkeypatch):
     """Un-rotated keys in the ring, rotated as the decode kernel loads them: the numbers of the plain torch path."""
     model, idx = tiny(variant, n_layer=2), torch.randint(0, 61, (2, 40))
@@ -152,7 +156,7 @@ def test_stream_on_the_kernels(variant, triton_kernels, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["rope", "alibi", "sink tokens"])
+@pytest.mark.parametrize("variant", ["rope", "alibi", "sink tokens", "infini"])
 def test_the_step_that_a_cuda_graph_captures(variant, triton_kernels):
     """It depends on the position on the device alone, may run in advance, and is what a call with the state gives."""
     model, idx = tiny(variant, n_layer=2), torch.randint(0, 61, (2, 20))
@@ -164,7 +168,7 @@ def test_the_step_that_a_cuda_graph_captures(variant, triton_kernels):
         position.fill_(state.position)
         model._decode_step(torch.zeros_like(idx[:, :1]), position, state)
         x = model._decode_step(idx[:, t:t + 1], position, state)
-        state.position += 1
+        state.advance(1)
         assert torch.equal(x, model.hidden(idx[:, t:t + 1], state=other))
 
 
@@ -209,8 +213,9 @@ def test_training(variant):
 @torch.no_grad()
 @pytest.mark.parametrize("n", [1, 15, 30])
 @pytest.mark.parametrize("seen", [0, 5, 20])
-def test_a_call_cut_short_can_be_made_again(seen, n):
-    model, idx = tiny("hybrid"), torch.randint(0, 61, (1, 60))
+@pytest.mark.parametrize("variant", ["hybrid", "infini hybrid"])
+def test_a_call_cut_short_can_be_made_again(variant, seen, n):
+    model, idx = tiny(variant), torch.randint(0, 61, (1, 60))
     state, whole = model.new_state(1), model(idx)[0]
     if seen:
         model(idx[:, :seen], state=state)
@@ -234,7 +239,8 @@ def test_custom_positions():
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("variant, docs", [("hybrid", None), ("sink tokens", torch.int32), ("sink tokens", torch.int64)])
+@pytest.mark.parametrize("variant, docs", [("hybrid", None), ("sink tokens", torch.int32), ("sink tokens", torch.int64),
+                                           ("infini", None), ("infini linear", torch.int32)])
 def test_compiles_whole(variant, docs, backend, monkeypatch):
     monkeypatch.setenv("NANOLONG_KERNELS", backend)
     torch.compiler.reset()
@@ -250,7 +256,7 @@ def test_compiles_whole(variant, docs, backend, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["rope", "hybrid"])
+@pytest.mark.parametrize("variant", ["rope", "hybrid", "infini", "infini linear"])
 def test_future_leak(variant):
     """Tokens from t on are replaced: logits before t do not change by a bit."""
     model, idx = tiny(variant, torch.float32), torch.randint(0, 61, (2, 50))
