@@ -38,7 +38,7 @@ class GPTConfig:
     segment: int = 2048              # tokens that an infini layer's query sees exactly at most; earlier ones by its memory
     memory_rule: str = "delta"       # how a segment is written into the memory: delta | linear
     memory_beta: float = 0.0         # of a new infini layer's gates: sigmoid(beta) is the memory's share
-    memory_norm: bool = False        # RMSNorm with a learned weight on the queries and keys of the memory
+    memory_norm: float | None = None # RMSNorm of the memory's queries and keys, its learned weights start here; None: none
     sink_logit: bool = False         # a learned logit per head in the softmax's denominator
     sink_tokens: int = 0             # learned vectors in front of every sequence: sinks by construction
     position: str = "rope"           # rope | alibi | none
@@ -86,6 +86,8 @@ class GPTConfig:
         if self.sinks < self.sink_tokens and "window" in self.attention:
             raise ValueError(f"sinks is {self.sinks}, sink_tokens {self.sink_tokens}: window layers would drop the learned "
                              f"ones; set sinks to {self.sink_tokens} or more")
+        if self.memory_norm is not None and not self.memory_norm > 0:
+            raise ValueError(f"memory_norm is {self.memory_norm}: it must be more than 0, or None")
         if "infini" in self.attention and (self.sink_logit or self.sink_tokens):
             name = "sink_logit" if self.sink_logit else "sink_tokens"
             raise ValueError(f"{name} {getattr(self, name)} with attention {self.attention!r}: infini layers have a memory "
@@ -445,6 +447,9 @@ class Attention(nn.Module):
         self.wo = Linear(config.n_head * config.head_dim, config.n_embd, bias=config.wo_bias)
         self.sink_logit = nn.Parameter(torch.zeros(config.n_head)) if config.sink_logit else None
         self.beta = nn.Parameter(torch.full((config.n_head,), config.memory_beta)) if infini else None
+        self.eps, normed = config.norm_eps, infini and config.memory_norm is not None
+        self.memory_q, self.memory_k = (
+            nn.Parameter(torch.full((self.head_dim,), float(config.memory_norm))) if normed else None for _ in range(2))
 
     def forward(self, x, turns, slopes, positions, docs, state, start, whole):
         """
@@ -514,6 +519,10 @@ class Attention(nn.Module):
         return attention(q, keys, values, causal=False, **options)
 
 
+    def memory_inputs(self, q, k):
+        """The un-rotated queries and keys (B, T, heads, D) as the memory takes them."""
+        return (x if w is None else rms_norm(x, w, self.eps) for x, w in ((q, self.memory_q), (k, self.memory_k)))
+
     def infini(self, qk, v, turns, slopes, positions, docs, cache, start):
         """Any number of tokens, after those of the cache if there is one."""
         turned = qk if turns is None else rope(qk, positions, turns)
@@ -524,6 +533,7 @@ class Attention(nn.Module):
             if start % self.segment:
                 keys, turned, values = (torch.cat([old.to(new.dtype), new], 1)
                                         for old, new in zip(cache.past(start), (k, k_rot, v)))
+        q, keys = self.memory_inputs(q, keys)
         y, memory = infini_attention(q, keys, values, self.beta, q_rot=q_rot, k_rot=turned, segment=self.segment,
                                      rule=self.rule, state=memory, docs=docs, scale=self.scale, alibi_slopes=slopes)
         if cache is not None:
@@ -540,12 +550,13 @@ class Attention(nn.Module):
         else:
             keys, values = cache.write_one(k, v, state.in_segment)
             local = decode_attention(q, keys, values, state.in_segment, inv_freq=turns, alibi_slopes=slopes, scale=self.scale)
-        return memory_read(q, local, self.beta, (cache.M, cache.z))
+        return memory_read(next(self.memory_inputs(q, k)), local, self.beta, (cache.M, cache.z))
 
     def fold(self, k, v, memory):
         """Keys, un-rotated, and values (B, N, G, D) of a whole segment written into memory (M, z) -> the new memory."""
         none = k.new_zeros(k.shape[0], 0, self.n_head, self.head_dim)
-        return infini_attention(none, k, v, self.beta, q_rot=none, k_rot=k, segment=self.segment, rule=self.rule,
+        _, keys = self.memory_inputs(none, k)
+        return infini_attention(none, keys, v, self.beta, q_rot=none, k_rot=k, segment=self.segment, rule=self.rule,
                                 state=memory)[1]
 
 
@@ -858,12 +869,12 @@ class GPT(nn.Module):
 
     def param_groups(self, weight_decay: float, lr: float, gate_lr: float = 1.0) -> list[dict]:
         """
-        AdamW's groups: matrices decay; norms, biases and embeddings do not; nor do the gates of infini layers, whose
-        learning rate is lr * gate_lr.
+        AdamW's groups: matrices decay; norms, biases and embeddings do not; nor do the gates of infini layers and the
+        weights of memory_norm, whose learning rate is lr * gate_lr.
         """
         decay = [p for name, p in self.named_parameters() if p.dim() == 2 and "embedding" not in name and "wte" not in name]
         decayed = {id(p) for p in decay}
-        gates = [block.attn.beta for block in self.blocks if block.attn.beta is not None]
+        gates = [p for block in self.blocks for p in (block.attn.beta, block.attn.memory_q, block.attn.memory_k) if p is not None]
         apart = decayed | {id(p) for p in gates}
         rest = [p for p in self.parameters() if id(p) not in apart]
         return [dict(name="matrices", params=decay, weight_decay=weight_decay, lr=lr),
@@ -904,8 +915,10 @@ class GPT(nn.Module):
         if c.sink_logit and not config.get("sink_logit"):  # far below any lse: nothing changes at first
             tensors |= {f"blocks.{i}.attn.sink_logit": torch.full((c.n_head,), -10.0) for i in range(c.n_layer)}
         if "infini" in c.attention and "infini" not in config["attention"]:
-            tensors |= {f"blocks.{i}.attn.beta": torch.full((c.n_head,), c.memory_beta)
-                        for i, kind in enumerate(c.layer_kinds) if kind == "infini"}
+            for i in (i for i, kind in enumerate(c.layer_kinds) if kind == "infini"):
+                tensors[f"blocks.{i}.attn.beta"] = torch.full((c.n_head,), c.memory_beta)
+                if c.memory_norm is not None:
+                    tensors |= {f"blocks.{i}.attn.memory_{x}": torch.full((c.head_dim,), c.memory_norm) for x in "qk"}
         have, want = ({name: tuple(x.shape) for name, x in d.items()} for d in (tensors, model.state_dict()))
         wrong = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
         if wrong:

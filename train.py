@@ -92,6 +92,7 @@ class TrainConfig:
     segment: int | None = None  # tokens of an infini layer's segment (default: block_size / 16, or init_from's)
     memory_rule: str | None = None  # of infini layers, delta or linear (default: delta, or init_from's)
     memory_beta: float | None = None  # of new infini gates; sigmoid(beta) is the memory's share (default: 0)
+    memory_norm: float | None = None  # RMSNorm of the memory's queries and keys; its weights start here (default: none)
     sink_logit: Flag = None  # a learned logit per head in the softmax's denominator (default: no, or init_from's)
     sink_tokens: int | None = None  # learned vectors in front of every sequence (default: 0, or init_from's)
     position: str | None = None  # rope, alibi or none (default: rope, or init_from's)
@@ -111,7 +112,7 @@ class TrainConfig:
     schedule: Literal["cosine", "wsd"] = "cosine"  # then: cosine, or constant with a linear decay at the end
     final_lr: float = 0.1  # learning rate at max_steps, as a fraction of lr
     wsd_decay: float = 0.2  # fraction of max_steps in which wsd decays
-    gate_lr: float | None = None  # learning rate of the infini gates, in lr (default: 30)
+    gate_lr: float | None = None  # learning rate of the infini gates and of memory_norm, in lr (default: 30)
     weight_decay: float = 0.1  # of matrices only
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95  # of AdamW
@@ -264,7 +265,7 @@ def check_used(config: TrainConfig, c: GPTConfig):
     window, infini, passkey = "window" in c.attention, "infini" in c.attention, is_passkey(config)
     model = f"attention {c.attention} with position {c.position}"
     for option, used, what in (("window", window, model), ("sinks", window, model), ("segment", infini, model),
-                               ("memory_rule", infini, model), ("memory_beta", infini, model), ("gate_lr", infini, model),
+                               ("memory_rule", infini, model), ("memory_beta", infini, model), ("memory_norm", infini, model), ("gate_lr", infini, model),
                                ("rope_base", c.position == "rope", model), ("rope_fraction", c.position == "rope", model),
                                ("answer_only", passkey, f"data {config.data}")):
         if not used and getattr(config, option) is not None:

@@ -35,9 +35,13 @@ def written_out(model, idx):
     def norm(x, name):
         return x / (x.pow(2).mean() + c.norm_eps).sqrt() * w[name + ".weight"]
 
-    def read(x, M, z):
-        s = F.elu(x) + 1
-        return s @ M / (s @ z) if z.any() else torch.zeros_like(x)
+    def sigma(x, weight):
+        if c.memory_norm is not None:
+            x = x / (x.pow(2).mean() + c.norm_eps).sqrt() * w[weight]
+        return F.elu(x) + 1
+
+    def read(s, M, z):
+        return s @ M / (s @ z) if z.any() else torch.zeros_like(s)
 
     state = [[dict(keys=[], values=[], M=torch.zeros(D, D).double(), z=torch.zeros(D).double()) for _ in range(G)]
              for _ in range(c.n_layer)]
@@ -55,26 +59,26 @@ def written_out(model, idx):
                 first = t - len(s["keys"]) + 1
                 scores = torch.stack([rotate(q[h], t) @ rotate(key, first + j) / D**0.5 for j, key in enumerate(s["keys"])])
                 local = scores.softmax(0) @ torch.stack(s["values"])
-                heads.append(gate[h] * read(q[h], s["M"], s["z"]) + (1 - gate[h]) * local)
+                heads.append(gate[h] * read(sigma(q[h], p + "attn.memory_q"), s["M"], s["z"]) + (1 - gate[h]) * local)
             x = x + w[p + "attn.wo.weight"] @ torch.cat(heads)
             y = norm(x, p + "norm_mlp")
             x = x + w[p + "mlp.w_down.weight"] @ (F.silu(w[p + "mlp.w_gate.weight"] @ y) * (w[p + "mlp.w_up.weight"] @ y))
             outputs[i].append(x)
             for s in state[i]:
                 if len(s["keys"]) == N:
-                    old = [read(key, s["M"], s["z"]) for key in s["keys"]]
-                    for key, value, known in zip(s["keys"], s["values"], old):
-                        sigma = F.elu(key) + 1
-                        s["M"] = s["M"] + torch.outer(sigma, value - known if c.memory_rule == "delta" else value)
-                        s["z"] = s["z"] + sigma
+                    keys = [sigma(key, p + "attn.memory_k") for key in s["keys"]]
+                    old = [read(key, s["M"], s["z"]) for key in keys]
+                    for key, value, known in zip(keys, s["values"], old):
+                        s["M"] = s["M"] + torch.outer(key, value - known if c.memory_rule == "delta" else value)
+                        s["z"] = s["z"] + key
                     s["keys"], s["values"] = [], []
     return [torch.stack(x) for x in outputs]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rule", ["delta", "linear"])
-def test_one_pass_is_the_paper(rule):
-    model, idx = tiny(memory_rule=rule, segment=7), torch.randint(0, 61, (1, 31))
+@pytest.mark.parametrize("rule, norm", [("delta", None), ("linear", None), ("delta", 3.0)])
+def test_one_pass_is_the_paper(rule, norm):
+    model, idx = tiny(memory_rule=rule, memory_norm=norm, segment=7), torch.randint(0, 61, (1, 31))
     seen = []
     for block in model.blocks:
         block.register_forward_hook(lambda _, __, y: seen.append(y[0]))
@@ -174,7 +178,8 @@ def test_memory_carried_between_sequences():
 
 
 def test_every_parameter_gets_its_gradient():
-    model, (idx, targets) = tiny(), torch.randint(0, 61, (2, 2, 40))
+    model = tiny(memory_norm=2.0)
+    idx, targets = torch.randint(0, 61, (2, 2, 40))
     grads = torch.autograd.grad(model(idx, targets)[1], list(model.parameters()))
     for (name, p), grad in zip(model.named_parameters(), grads):
         direction, losses = torch.randn_like(p), []
@@ -199,9 +204,9 @@ def test_documents():
 
 
 def test_the_gates_have_a_group_of_their_own():
-    model = tiny(attention="infini,full")
+    model = tiny(attention="infini,full", memory_norm=8.0)
     groups = {group["name"]: group for group in model.param_groups(0.1, 2e-3, gate_lr=30.0)}
-    assert [p.shape for p in groups["gates"]["params"]] == [(4,), (4,)] and groups["gates"]["weight_decay"] == 0
+    assert [p.shape for p in groups["gates"]["params"]] == 2 * [(4,), (8,), (8,)] and groups["gates"]["weight_decay"] == 0
     assert groups["gates"]["lr"] == pytest.approx(0.06) and groups["matrices"]["lr"] == 2e-3
     assert sum(len(group["params"]) for group in groups.values()) == len(list(model.parameters()))
     assert "gates" not in {group["name"] for group in tiny(attention="full").param_groups(0.1, 2e-3)}
@@ -217,13 +222,15 @@ def test_a_pretrained_model_gets_a_memory(tmp_path):
     assert added.blocks[2].attn.beta.tolist() == [-4.0] * 4
     near = GPT.from_pretrained(str(tmp_path), attention="infini", segment=32, memory_beta=-30.0)
     torch.testing.assert_close(near(idx)[0], plain(idx)[0], rtol=1e-4, atol=1e-4)
-    some = GPT.from_pretrained(str(tmp_path), attention="full,infini")
+    some = GPT.from_pretrained(str(tmp_path), attention="full,infini", memory_norm=4.0)
     assert some.blocks[0].attn.beta is None and some.blocks[1].attn.beta.tolist() == [0.0] * 4
+    assert some.blocks[1].attn.memory_k.tolist() == [4.0] * 8
 
 
 @pytest.mark.parametrize("change, message", [
     (dict(segment=0), "segment is 0: it must be at least 1"),
     (dict(memory_rule="hebb"), "memory_rule is 'hebb': it must be one of delta, linear"),
+    (dict(memory_norm=0.0), "memory_norm is 0.0: it must be more than 0"),
     (dict(sink_logit=True), "sink_logit True with attention 'infini'"),
     (dict(sink_tokens=2), "sink_tokens 2 with attention 'infini'")])
 def test_wrong_configurations(change, message):

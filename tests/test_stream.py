@@ -26,7 +26,7 @@ VARIANTS = {
     "sink tokens": dict(sink_tokens=2),
     "hybrid": dict(attention="window,full", sink_logit=True, sink_tokens=1),
     "infini": dict(attention="infini", segment=9),
-    "infini linear": dict(attention="infini", segment=8, memory_rule="linear", n_kv_head=1, rope_fraction=0.5),
+    "infini linear": dict(attention="infini", segment=8, memory_rule="linear", n_kv_head=1, rope_fraction=0.5, memory_norm=3.0),
     "infini alibi": dict(attention="infini", segment=12, position="alibi"),
     "infini hybrid": dict(attention="infini,window,full", segment=5, sinks=0),
 }
