@@ -3,6 +3,7 @@ What a model can do with a long text, as a table, a JSON file and a picture.
 
     python eval.py perplexity                                              the latest run on the test books, as trained
     python eval.py perplexity --model data/smollm2/model --tokens 100000 --attention 4+1020 0+1024 recompute+1024
+    python eval.py passkey quickstart --lengths 1024 4096 16384            does it remember a number for so long?
     python eval.py stream --model data/smollm2/model --attention 4+1020 --at 1000 50000 --minutes 10
 
 The model is chosen as in sample.py. `--attention` lists what is compared: `full`; S+W, a
@@ -20,15 +21,19 @@ import os
 import re
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
+from data.loader import sample_rng
+from data.passkey.task import HELD_OUT, Task, passkey
 from model import GPT
 from sample import SHIPPED, find_model, load, size
 from train import Place, TrainConfig, choose_place
@@ -42,7 +47,6 @@ class Common:
     run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(
         metavar="[RUN]", constructor=str, help_behavior_hint="(default: the run saved last)")] = None
     model: str | None = None  # a pretrained model instead of a run: its folder or hub id
-    text: list[str] = field(default_factory=lambda: ["data/sample/test"])  # files, or folders of .txt files
     attention: list[str] = field(default_factory=lambda: ["as-is"])  # as-is, full, S+W (sinks + window), recompute+W
     chunk: int = 1024  # tokens per pass
     name: str | None = None  # of the result's files in evals/ (default: the command and the model)
@@ -54,6 +58,7 @@ class Common:
 class Perplexity(Common):
     """Perplexity per token and per word, bits per byte, by position in the text, with the memory that it took."""
 
+    text: list[str] = field(default_factory=lambda: ["data/sample/test"])  # files, or folders of .txt files
     tokens: int = 20000  # of the texts, joined, each followed by the end-of-text token
     bins: int = 20  # rows of the table by position
     samples: int = 100  # positions at which recompute+W is evaluated, evenly spread; the others are compared there too
@@ -63,10 +68,24 @@ class Perplexity(Common):
 class Stream(Common):
     """Speed and memory of streaming: parallel passes against token by token, decoding early and late, and for minutes."""
 
+    text: list[str] = field(default_factory=lambda: ["data/sample/test"])  # files, or folders of .txt files
     at: list[int] = field(default_factory=lambda: [1000, 50000])  # tokens of text before the timed decoding
     new_tokens: int = 100  # decoded at each
     minutes: float = 0.0  # then stream on for so long, and watch the memory
     transformers: bool = False  # also time generate() of transformers (installed by you) on the same folder
+
+
+@dataclass
+class Passkey(Common):
+    """The passkey task (data/passkey/task.py): a five-digit key said once in a long text, to be said again at its end."""
+
+    lengths: list[int] = field(default_factory=lambda: [1024, 2048, 4096, 8192])  # tokens, prompt and answer together
+    depths: list[float] = field(default_factory=lambda: [0, 0.5, 1])  # where the key is: 0 first, 1 last in the text
+    samples: int = 20  # keys for each length and depth
+    batch_size: int = 20  # of them at a time: what fits in memory
+    seed: int = 1  # of the keys, none of which a training's samples are drawn with
+    memory: bool = True  # --no-memory closes the gates of infini layers (beta -inf): exact attention alone is left
+    diagnose: bool = False  # also how much of what infini layers' memories hold for the answer's queries is the needle
 
 
 def choose(opt: Common) -> tuple[Place, str]:
@@ -76,6 +95,8 @@ def choose(opt: Common) -> tuple[Place, str]:
         overrides(attention)  # before any work
     if opt.name is not None and "/" in opt.name:
         raise SystemExit(f"--name {opt.name} is the stem of files in {RESULTS}/: leave the / away")
+    if slow := [x for x in opt.attention if x.startswith("recompute+")] if not isinstance(opt, Perplexity) else []:
+        raise SystemExit(f"--attention {slow[0]} keeps no state to stream with: leave it to eval.py perplexity")
     if isinstance(opt, Stream) and opt.transformers and importlib.util.find_spec("transformers") is None:
         raise SystemExit("--transformers needs a package that is not installed: pip install transformers")
     if opt.run is not None and opt.model is not None:
@@ -278,8 +299,6 @@ def watch(model: GPT, state, token, minutes: float) -> list[dict]:
 def stream(opt: Stream) -> dict:
     """Times and prints each of opt.attention -> what the JSON file holds. ValueError, SystemExit."""
     place, name = choose(opt)
-    if slow := [x for x in opt.attention if x.startswith("recompute+")]:
-        raise SystemExit(f"--attention {slow[0]} keeps no state, there is nothing to stream: leave it to eval.py perplexity")
     result = dict(command="stream", options=asdict(opt), model=name, variants=[])
     for attention in opt.attention:
         model, tokenizer = load(name, overrides(attention))
@@ -331,29 +350,164 @@ def draw_stream(result: dict, axes):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# passkey
+
+
+@contextmanager
+def needle_shares(model: GPT, state, task: Task):
+    """
+    Yields a list that has, once `state` has gone through B tasks laid out like `task` and their answers, one tensor
+    (B, H) for each infini layer and each query that predicts a part of the answer:
+
+        sigma(q) . (sum of sigma(k) over the needle's tokens in the memory) / (sigma(q) . z),    sigma = elu + 1,
+
+    the needle's part of the normaliser; by the linear rule that is its weight in the average of values that is read.
+    """
+    shares, layers = [], [(block.attn, cache) for block, cache, kind in zip(
+        model.blocks, state.layers, model.config.layer_kinds) if kind == "infini"]
+
+    def watch(attn, cache):
+        keys = []
+
+        def after(_, __, qkv):
+            B, T, _ = qkv.shape
+            H, G, at = attn.n_head, attn.n_kv_head, state.position
+            q, k, _ = qkv.view(B, T, H + 2 * G, attn.head_dim).split([H, G, G], dim=2)
+            keys.append(F.elu(k[:, max(0, task.needle.start - at):max(0, task.needle.stop - at)].float()) + 1)
+            if at >= len(task.prompt) - 1:
+                written = max(0, at - at % attn.segment - task.needle.start)  # of the needle's tokens
+                needle = torch.cat(keys, 1)[:, :written].sum(1)  # (B, G, D)
+                q = F.elu(q.view(B, G, H // G, attn.head_dim).float()) + 1
+                part, total = (torch.einsum("bgrd,bgd->bgr", q, x.float()).flatten(1) for x in (needle, cache.z))
+                shares.append(part / total.clamp(min=1e-30))
+
+        return attn.wqkv.register_forward_hook(after)
+
+    handles = [watch(*layer) for layer in layers]
+    try:
+        yield shares
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def answers(model: GPT, tasks: list[Task], opt: Passkey, vocab_size: int,
+            title: str = "") -> tuple[list[list[int]], int, torch.Tensor | None]:
+    """
+    The likeliest tokens, one at a time, after the whole prompts, opt.chunk tokens of each in a pass: as many as the true
+    answer has. The tasks are laid out alike -> ids of each answer, bytes of the state of one sequence and, with
+    opt.diagnose, needle_shares averaged over the answer, (B, infini layers, H).
+    """
+    prompts = torch.from_numpy(np.stack([task.prompt for task in tasks])).to(model.wte.weight.device)
+    state, n = model.new_state(len(tasks)), len(tasks[0].answer)
+    with needle_shares(model, state, tasks[0]) if opt.diagnose else nullcontext() as shares:
+        for part in tqdm(prompts[:, :-1].split(opt.chunk, dim=1), title, unit="chunk", leave=False, disable=None):
+            model.hidden(part, state=state)
+        made = list(model.generate(prompts[:, -1:], n, state, temperature=0, vocab_size=vocab_size,
+                                   cuda_graphs=False))
+    shares = torch.stack(shares, 1).unflatten(1, (n, -1)).mean(1).cpu() if opt.diagnose else None
+    return torch.stack(made, 1).tolist(), state.nbytes // len(tasks), shares
+
+
+def score(model: GPT, tokenizer, opt: Passkey, length: int, depth: float, title: str) -> dict:
+    """
+    opt.samples tasks of one length and depth, the same keys at every depth -> fractions of keys and of digits right.
+    Most tokenizers say every key in equally many tokens; where not, those laid out alike are batched.
+    """
+    tasks = [passkey(tokenizer, length, depth, sample_rng(opt.seed, HELD_OUT + length, i)) for i in range(opt.samples)]
+    began, exact, digits, shares = time.perf_counter(), 0, 0, []
+    for n in sorted({len(task.prompt) for task in tasks}):
+        same = [task for task in tasks if len(task.prompt) == n]
+        for i in range(0, len(same), opt.batch_size):
+            batch = same[i:i + opt.batch_size]
+            made, nbytes, share = answers(model, batch, opt, tokenizer.vocab_size, f"{title}, {length} at depth {depth:g}")
+            shares.append(share)
+            for task, ids in zip(batch, made):
+                key, said = tokenizer.decode(task.answer)[1:], tokenizer.decode(ids)[1:]
+                exact += said == key
+                digits += sum(a == b for a, b in zip(key, said)) / len(key)
+    return dict(length=length, depth=depth, exact=exact / opt.samples, digits=digits / opt.samples, state=nbytes,
+                tok_per_s=length * opt.samples / (time.perf_counter() - began),
+                **(dict(needle_share=torch.cat(shares).mean(0).tolist()) if opt.diagnose else {}))
+
+
+def evaluate_passkey(opt: Passkey) -> dict:
+    """Evaluates and prints each of opt.attention -> what the JSON file holds. ValueError, SystemExit."""
+    place, name = choose(opt)
+    result = dict(command="passkey", options=asdict(opt), model=name, variants=[])
+    for attention in opt.attention:
+        model, tokenizer = load(name, overrides(attention))
+        model.to(place.device, place.dtype)
+        for depth in opt.depths:  # before any work
+            passkey(tokenizer, min(opt.lengths), depth, sample_rng(0, 0, 0))
+        infini = [block.attn for block, kind in zip(model.blocks, model.config.layer_kinds) if kind == "infini"]
+        if not infini and (opt.diagnose or not opt.memory):
+            raise SystemExit(f"--{'diagnose' if opt.diagnose else 'no-memory'} with attention {model.config.attention} of "
+                             f"{name}: only infini layers have a memory; leave it away")
+        for attn in infini if not opt.memory else []:
+            attn.beta.data.fill_(-math.inf)
+        result["variants"].append(dict(attention=attention, cells=[]))
+        print(f"{attention}{'' if opt.memory else ', no memory'}: right keys and digits, in percent of {opt.samples} keys\n"
+              f"{'tokens':>9}" + "".join(f"{f'depth {d:g}':>16}" for d in opt.depths) + f"{'state':>12}{'tok/s':>10}")
+        for length in opt.lengths:
+            cells = []
+            for depth in opt.depths:
+                cells.append(score(model, tokenizer, opt, length, depth, attention))
+                result["variants"][-1]["cells"].append(cells[-1])
+                save(opt, result)
+            print(f"{length:>9}" + "".join(f"{100 * c['exact']:>9.0f}{100 * c['digits']:>7.0f}" for c in cells)
+                  + f"{size(cells[-1]['state']):>12}{cells[-1]['tok_per_s']:>10.0f}", flush=True)
+            for c in cells if opt.diagnose else []:
+                print(f"{'':>9} needle share at depth {c['depth']:g}, mean and best head of each infini layer: "
+                      + "  ".join(f"{sum(heads) / len(heads):.2g} {max(heads):.2g}" for heads in c["needle_share"]))
+    return result
+
+
+def draw_passkey(result: dict, axes):
+    """Keys and digits right by length, a line for each attention and depth, on two axes."""
+    for variant in result["variants"]:
+        for depth in result["options"]["depths"]:
+            cells = sorted((c for c in variant["cells"] if c["depth"] == depth), key=lambda c: c["length"])
+            for ax, what in zip(axes, ("exact", "digits")):
+                ax.plot([c["length"] for c in cells], [100 * c[what] for c in cells], "o-",
+                        label=f"{variant['attention']}, depth {depth:g}")
+    for ax, what in zip(axes, ("keys", "digits")):
+        ax.set(xlabel="length, tokens", ylabel=f"{what} right, percent", ylim=(-3, 103))
+        ax.set_xscale("log", base=2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None):
     """The command line (argv: without the program's name). SystemExit, one line, for a user's mistake."""
     opt = tyro.extras.subcommand_cli_from_dict(
-        {"perplexity": Perplexity, "stream": Stream}, prog="eval.py", args=argv, description=__doc__)
-    for name, least in dict(tokens=2, bins=1, samples=1, chunk=1, new_tokens=10, minutes=0).items():
+        {"perplexity": Perplexity, "passkey": Passkey, "stream": Stream}, prog="eval.py", args=argv, description=__doc__)
+    for name, least in dict(tokens=2, bins=1, samples=1, chunk=1, new_tokens=10, minutes=0, batch_size=1, seed=0).items():
         if getattr(opt, name, least) < least:
             raise SystemExit(f"{name} is {getattr(opt, name)}: it must be at least {least}")
+    if getattr(opt, "seed", 0) >= 2**63:
+        raise SystemExit(f"seed is {opt.seed}: it must be below 2^63")
+    for name in ("attention", "at", "text", "lengths", "depths"):
+        if getattr(opt, name, True) == []:
+            raise SystemExit(f"--{name} without a value: give one, or leave it away")
+    evaluate, draw = {Perplexity: (perplexity, draw_perplexity), Passkey: (evaluate_passkey, draw_passkey),
+                      Stream: (stream, draw_stream)}[type(opt)]
     logging.basicConfig(format="%(message)s")  # to stderr
     logging.getLogger("nanolong").setLevel(logging.INFO)
     try:
-        result = perplexity(opt) if isinstance(opt, Perplexity) else stream(opt)
+        result = evaluate(opt)
     except ValueError as e:
         raise SystemExit(str(e)) from None
     stem = stem_of(opt, result["model"])
     written = [f"{stem}.json"]
     if importlib.util.find_spec("matplotlib") is None:
         print("no picture: pip install matplotlib draws it", file=sys.stderr)
-    elif result["command"] == "perplexity" or opt.minutes:
+    elif not isinstance(opt, Stream) or opt.minutes:
         from matplotlib.figure import Figure
         axes = (figure := Figure(figsize=(11, 4), dpi=120)).subplots(1, 2)
-        (draw_perplexity if result["command"] == "perplexity" else draw_stream)(result, axes)
+        draw(result, axes)
         for ax in axes:
             ax.grid(alpha=0.3)
             ax.legend(fontsize="small")

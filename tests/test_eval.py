@@ -1,16 +1,19 @@
-"""eval.py: perplexity of a real pretrained model against published figures, both commands whole, mistakes in one line."""
+"""eval.py: a real pretrained model against what is known of it, every command whole, mistakes in one line."""
 
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import eval as evaluation
+from data.passkey.task import passkey
 from data.tokenizer import load_tokenizer
-from eval import main, overrides, read_tokens, recompute_nll, stream_nll
-from model import GPT
+from eval import Passkey, answers, main, overrides, read_tokens, recompute_nll, score, stream_nll
+from helpers import randomised
+from model import GPT, GPTConfig
 
 STORIES, BOOK = "data/stories260k", "data/sample/test/10146.txt"
 
@@ -68,6 +71,90 @@ def test_stream_command(tmp_path, monkeypatch):
     assert set(variant["decode_tok_per_s"]) == {"50", "400"} and variant["watch"][-1]["position"] > 420
     assert variant["perplexity_tok_per_s"]["parallel"] > variant["perplexity_tok_per_s"]["token by token"]
     assert {p["state"] for p in variant["watch"]} == {variant["state"]}
+
+
+def tiny(attention, **options):
+    sizes = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, vocab_size=300, block_size=128, window=60, tie_embeddings=False)
+    return randomised(GPT(GPTConfig(attention=attention, **sizes | options)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["full", "window"])
+def test_passkey_answers_are_the_likeliest_tokens(attention):
+    """After the whole prompt of each task, whatever the chunks; ids that the tokenizer has not are never said."""
+    model = tiny(attention)
+    tasks = [passkey(load_tokenizer("byte"), 300, 0.2, np.random.default_rng(seed)) for seed in range(5)]
+    expected = [torch.from_numpy(task.prompt) for task in tasks]
+    for _ in range(6):
+        expected = [torch.cat([ids, model(ids[None])[0][0, -1:, :257].argmax(-1)]) for ids in expected]
+    expected = [ids[-6:].tolist() for ids in expected]
+    assert len(set(map(tuple, expected))) > 1
+    for chunk in (1024, 50):
+        made, nbytes, shares = answers(model, tasks, Passkey(chunk=chunk), 257)
+        assert made == expected and shares is None
+        if attention == "window":
+            assert nbytes == model.new_state(1).nbytes
+
+
+def test_passkey_scores(monkeypatch):
+    """Every third key is said right, with one digit wrong, all wrong. GPT-2 says keys in one to three tokens."""
+    tokenizer, seen = load_tokenizer("gpt2"), []
+
+    def said(model, tasks, opt, vocab_size, title):
+        assert len({(len(t.prompt), len(t.answer), t.needle.start) for t in tasks}) == 1 and len(tasks) <= 2
+        made = []
+        for task in tasks:
+            key = tokenizer.decode(task.answer).decode()
+            made.append(tokenizer.encode((key, key[:-1] + str((int(key[-1]) + 1) % 10), " !!!!!")[len(seen) % 3]))
+            seen.append((key, tokenizer.decode(task.prompt)))
+        return made, 7, None
+
+    monkeypatch.setattr(evaluation, "answers", said)
+    cells = [score(None, tokenizer, Passkey(samples=6, batch_size=2), 400, depth, "") for depth in (0, 1)]
+    assert [(c["length"], c["depth"], c["state"]) for c in cells] == [(400, 0, 7), (400, 1, 7)]
+    assert cells[0]["exact"] == pytest.approx(2 / 6) and cells[0]["digits"] == pytest.approx((2 + 2 * 0.8) / 6)
+    assert sorted(key for key, _ in seen[:6]) == sorted(key for key, _ in seen[6:]) and len(set(seen[:6])) == 6
+    other = score(None, tokenizer, Passkey(samples=6, batch_size=2, seed=2), 400, 0, "")
+    assert other["depth"] == 0 and {key for key, _ in seen[:6]}.isdisjoint(key for key, _ in seen[12:])
+
+
+def test_passkey_of_a_real_model(smollm2):
+    """SmolLM2-135M repeats the key; but a window of 80 has forgotten one from the start of 200 tokens."""
+    model = GPT.from_pretrained(str(smollm2), **overrides("4+76"))
+    for depth, exact in ((0, 0), (1, 1)):
+        assert score(model, load_tokenizer(smollm2), Passkey(samples=2), 200, depth, "")["exact"] == exact
+
+
+def test_passkey_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "RESULTS", tmp_path)
+    main(["passkey", "--model", STORIES, "--lengths", "300", "200", "--depths", "0", "1", "--samples", "3",
+          "--batch-size", "2", "--attention", "as-is", "4+60", "--name", "z"])
+    result = json.loads((tmp_path / "z.json").read_text())
+    assert [v["attention"] for v in result["variants"]] == ["as-is", "4+60"]
+    for variant in result["variants"]:
+        assert [(c["length"], c["depth"]) for c in variant["cells"]] == [(300, 0), (300, 1), (200, 0), (200, 1)]
+        assert all(0 <= c["exact"] <= c["digits"] <= 1 for c in variant["cells"])
+    states = [[c["state"] for c in v["cells"]] for v in result["variants"]]
+    assert states[0][0] > states[0][2] and len(set(states[1])) == 1
+    table = capsys.readouterr().out
+    assert "depth 0" in table and "depth 1" in table and "percent of 3 keys" in table
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "z.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--lengths", "300", "100"], "length is 100: a passkey task takes 164 tokens at least"),
+    (["--lengths"], "--lengths without a value"), (["--depths", "0", "2"], "depth is 2.0: it must be in"),
+    (["--samples", "0"], "samples is 0: it must be at least 1"), (["--seed", "-1"], "seed is -1: it must be at least 0"),
+    (["--batch-size", "0"], "batch_size is 0: it must be at least 1"), (["--seed", str(2**63)], "must be below 2.63"),
+    (["--attention", "recompute+60"], "recompute.60 keeps no state"),
+    (["--no-memory"], "--no-memory with attention full of data/stories260k: only infini layers have a memory"),
+    (["--diagnose"], "--diagnose with attention full")])
+def test_passkey_mistakes(argv, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        main(["passkey", "--model", STORIES, "--lengths", "200", *argv])
+    assert not any(tmp_path.iterdir())  # it is found before any work
 
 
 @pytest.mark.parametrize("argv, message", [

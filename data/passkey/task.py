@@ -30,7 +30,7 @@ TASK = ("There is an important info hidden inside a lot of irrelevant text. Find
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
-HELD_OUT = 2**63  # added to a seed it gives one that no training has: theirs are below it
+HELD_OUT = 2**62  # a step that no training reaches: its random numbers are for evaluation
 
 
 class Task(NamedTuple):
@@ -120,7 +120,7 @@ class PasskeySet:
         """
         n = -(-n_targets // block_size)
         for at in range(rank * batch_size, n, world * batch_size):
-            yield self._stack(block_size, [(HELD_OUT, 0, i) if i < n else None for i in range(at, at + batch_size)])
+            yield self._stack(block_size, [(0, HELD_OUT, i) if i < n else None for i in range(at, at + batch_size)])
 
     def _stack(self, T: int, samples: list[tuple[int, int, int] | None]) -> Batch:
         """One task for each argument list of sample_rng, a row of 0 and IGNORE for None -> Batch of x, y (n, T)."""
