@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import IGNORE, check_length, eval_batches, prefetch, sample_rng, train_batch
+from data.loader import IGNORE, carried_batch, check_length, eval_batches, prefetch, sample_rng, train_batch
 from data.tokens import TokenFile, TokenWriter
 
 
@@ -94,3 +94,29 @@ def test_prefetch_keeps_order_and_brings_errors():
     assert [next(steps), next(steps)] == [0, 1]
     with pytest.raises(ZeroDivisionError):
         next(steps)
+
+
+def test_carried_sequences_read_each_document_on_and_on(file):
+    """Stream by stream every window follows the one before, inside one document, from its first token on."""
+    T, n, starts = 8, 6, set(file.doc_offsets[:-1])
+    total = sum((file.doc_offsets[i + 1] - file.doc_offsets[i] - 1) // T for i in range(file.n_docs))
+    seen, last = [], None
+    for step in range(total):
+        batch = carried_batch(file, T, 3, step, 0, 2, 3, n_streams=n)
+        x, begins = batch.x.view(n, T), batch.begins.view(n)
+        assert torch.equal(batch.x + 1, batch.y) and batch.n_valid == n * T and batch.docs is None
+        document = np.searchsorted(file.doc_offsets, x.numpy(), side="right")
+        assert (document == document[:, :1]).all()
+        if last is None:
+            assert begins.all()
+        else:
+            assert [first in starts for first in x[:, 0].tolist()] == begins.tolist()
+            assert torch.equal(x[~begins, 0], last[~begins])
+        last, seen = x[:, -1] + 1, seen + [x[:, 0]]
+    for stream in torch.stack(seen, 1):  # each has read every window once
+        assert len(stream.unique()) == total
+    parts = [carried_batch(file, T, 3, 5, first, 1, 2, n_streams=n).x[0] for first in (0, 2, 4)]
+    assert torch.equal(torch.cat(parts), carried_batch(file, T, 3, 5, 0, 1, 6, n_streams=n).x[0])
+    assert not torch.equal(parts[0], carried_batch(file, T, 4, 5, 0, 1, 2, n_streams=n).x[0])
+    with pytest.raises(ValueError, match="longest document has .* carry_memory .* block_size \\+ 1 = 101: use --block-size"):
+        check_length(file, 100, carried=True)

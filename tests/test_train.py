@@ -275,6 +275,95 @@ def test_first_step_is_the_mean_gradient_over_the_valid_targets(tiny, tmp_path, 
     assert records(tmp_path / "direct", "loss", "grad_norm")[1] == pytest.approx((loss.item(), norm), rel=1e-6)
 
 
+# infini
+
+
+@pytest.fixture
+def books(tmp_path_factory):
+    """Two documents of some hundred bytes for training, one for validation."""
+    folder, rng = tmp_path_factory.mktemp("books"), np.random.default_rng(0)
+    for split, sizes in (("train", (400, 330)), ("validation", (200,))):
+        with TokenWriter(folder / f"{split}.byte.tokens", vocab_size=257, tokenizer="byte") as writer:
+            for n in sizes:
+                writer.add_document([*np.repeat(rng.integers(97, 123, n // 2), 2), 256])
+    return folder
+
+
+@pytest.fixture
+def infini(tiny, books):
+    return [*tiny, f"--data={books}", "--attention=infini", "--segment=8"]
+
+
+@pytest.mark.parametrize("recompute", ["--no-activation-checkpointing", "--activation-checkpointing"])
+def test_carried_memory_resumes_bit_by_bit(infini, tmp_path, recompute):
+    args = [*infini, "--carry-memory", recompute]
+    train.main([*args, "--name=whole", "--save-every=3", "--keep=9"])
+    train.main([*args, "--name=again", f"--resume={tmp_path}/whole/step_0000003"])
+    assert records(tmp_path / "again") == {s: r for s, r in records(tmp_path / "whole").items() if s > 3}
+    ours, theirs = (load_file(tmp_path / name / "step_0000008" / "optimizer.safetensors") for name in ("again", "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert ours["memory.1.M"].shape == (8, 2, 16, 16) and ours["memory.1.z"].any()
+    train.main([*infini, "--name=without"])
+    assert records(tmp_path / "without", "loss")[8] != records(tmp_path / "whole", "loss")[8]
+
+
+def test_two_ranks_carry_their_memories(infini, tmp_path):
+    args = [*infini, "--carry-memory", "--batch-size=2", "--save-every=4"]
+    done = torchrun("train.py", *args, "--name=two")
+    assert done.returncode == 0, done.stderr
+    train.main([*args, "--name=one"])
+    one, two = (load_file(tmp_path / name / "step_0000004" / "optimizer.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-5, msg=key)
+    train.main([*args, "--name=more", f"--resume={tmp_path}/two/step_0000004", "--batch-size=8"])  # one row each
+    for step, (loss,) in records(tmp_path / "more", "loss").items():
+        assert loss == pytest.approx(records(tmp_path / "one", "loss")[step][0], rel=1e-5)
+
+
+def test_recomputing_segments_leaves_the_curve(infini, tmp_path):
+    for name, option in (("blocks", "--no-activation-checkpointing"), ("segments", "--activation-checkpointing")):
+        train.main([*infini, f"--name={name}", option])
+    blocks, segments = (records(tmp_path / name, "loss", "grad_norm", "val_loss") for name in ("blocks", "segments"))
+    for step in blocks:
+        assert [v for v in segments[step] if v] == pytest.approx([v for v in blocks[step] if v], rel=1e-5), step
+
+
+def test_gates_are_logged_drawn_and_learn_at_their_own_rate(infini, tmp_path):
+    for name, gate_lr in (("still", 0.0), ("fast", 50.0)):
+        train.main([*infini, f"--name={name}", f"--gate-lr={gate_lr}", "--memory-beta=-1"])
+        gates = np.array([g for (g,) in records(tmp_path / name, "gates").values()])
+        assert gates.shape == (8, 2, 2) and (tmp_path / name / "gates.png").stat().st_size > 1000
+        assert (abs(gates - 0.2689) < 1e-4).all() == (name == "still")
+
+
+def test_the_passkey_task(tiny, tmp_path, capsys):
+    """Its loss is that of the key alone; its batches do not depend on how they are shared; and it resumes."""
+    args = [*tiny, "--data=data/passkey", "--block-size=320", "--batch-tokens=1280", "--attention=infini"]
+    train.main([*args, "--name=whole", "--save-every=4"])
+    train.main([*args, "--name=again", f"--resume={tmp_path}/whole/step_0000004", "--batch-size=2"])
+    whole, again = (records(tmp_path / name, "loss", "val_loss") for name in ("whole", "again"))
+    assert [again[step] for step in (6, 8)] == [pytest.approx(whole[step], rel=1e-5) for step in (6, 8)]
+    assert "data: data/passkey, made as it is read" in capsys.readouterr().out
+    train.main([*args, "--name=all", "--no-answer-only"])
+    assert records(tmp_path / "all", "val_tokens")[8] > records(tmp_path / "whole", "val_tokens")[8]
+    assert "block_size is 100: a passkey task takes" in fails(*args, "--block-size=100")
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--segment=8"], "segment is 8, but attention full with position rope has no use for it"),
+    (["--memory-norm=2"], "memory_norm is 2.0, but attention full"), (["--gate-lr=2"], "gate_lr is 2.0, but attention"),
+    (["--window=8"], "window is 8, but attention full"), (["--position=alibi", "--rope-base=5"], "rope_base is 5.0, but"),
+    (["--answer-only"], "answer_only is True, but data "),
+    (["--carry-memory"], "carry_memory with attention full: every layer must be infini"),
+    (["--carry-memory", "--attention=infini", "--segment=7"], "carry_memory with block_size 32 and segment 7: sequences"),
+    (["--carry-memory", "--attention=infini", "--mask-documents"], "carry_memory with mask_documents"),
+    (["--carry-memory", "--attention=infini", "--data=data/passkey"], "carry_memory with data/passkey"),
+    (["--mask-documents", "--data=data/passkey"], "mask_documents with data/passkey")])
+def test_options_without_a_use_are_refused(tiny, options, words):
+    assert words in fails(*tiny, *options)
+
+
 # init-from
 
 
