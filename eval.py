@@ -373,11 +373,13 @@ def needle_shares(model: GPT, state, task: Task):
             B, T, _ = qkv.shape
             H, G, at = attn.n_head, attn.n_kv_head, state.position
             q, k, _ = qkv.view(B, T, H + 2 * G, attn.head_dim).split([H, G, G], dim=2)
-            keys.append(F.elu(k[:, max(0, task.needle.start - at):max(0, task.needle.stop - at)].float()) + 1)
+            k = k[:, max(0, task.needle.start - at):max(0, task.needle.stop - at)]
+            q, k = (F.elu(x.float()) + 1 for x in attn.memory_inputs(q[:, -1:], k))
+            keys.append(k)
             if at >= len(task.prompt) - 1:
                 written = max(0, at - at % attn.segment - task.needle.start)  # of the needle's tokens
                 needle = torch.cat(keys, 1)[:, :written].sum(1)  # (B, G, D)
-                q = F.elu(q.view(B, G, H // G, attn.head_dim).float()) + 1
+                q = q.view(B, G, H // G, attn.head_dim)
                 part, total = (torch.einsum("bgrd,bgd->bgr", q, x.float()).flatten(1) for x in (needle, cache.z))
                 shares.append(part / total.clamp(min=1e-30))
 

@@ -74,12 +74,12 @@ def test_stream_command(tmp_path, monkeypatch):
 
 
 def tiny(attention, **options):
-    sizes = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, vocab_size=300, block_size=128, window=60, tie_embeddings=False)
-    return randomised(GPT(GPTConfig(attention=attention, **sizes | options)))
+    sizes = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, vocab_size=300, block_size=128, window=60, segment=64)
+    return randomised(GPT(GPTConfig(attention=attention, tie_embeddings=False, **sizes | options)))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attention", ["full", "window"])
+@pytest.mark.parametrize("attention", ["full", "window", "infini"])
 def test_passkey_answers_are_the_likeliest_tokens(attention):
     """After the whole prompt of each task, whatever the chunks; ids that the tokenizer has not are never said."""
     model = tiny(attention)
@@ -92,8 +92,59 @@ def test_passkey_answers_are_the_likeliest_tokens(attention):
     for chunk in (1024, 50):
         made, nbytes, shares = answers(model, tasks, Passkey(chunk=chunk), 257)
         assert made == expected and shares is None
-        if attention == "window":
+        if attention != "full":
             assert nbytes == model.new_state(1).nbytes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth, norm", [(0.1, None), (1, None), (0.5, 2.0)])
+def test_needle_share(depth, norm):
+    """Against its formula over all keys at once, for the whole segments before each query, on the first layer."""
+    model = tiny("infini,full", n_layer=3, memory_rule="linear", memory_norm=norm)
+    tasks = [passkey(load_tokenizer("byte"), 440, depth, np.random.default_rng(seed)) for seed in range(3)]
+    made, _, shares = answers(model, tasks, Passkey(diagnose=True, chunk=77), 257)
+    assert shares.shape == (3, 2, 4)  # the second layer has no memory
+    block, begin, end = model.blocks[0], tasks[0].needle.start, tasks[0].needle.stop
+    ids = torch.cat([torch.from_numpy(np.stack([task.prompt for task in tasks])), torch.tensor(made)], 1)[:, :-1]
+    q, k, _ = block.attn.wqkv(block.norm_attn(model.wte(ids))).unflatten(-1, (8, 8)).split([4, 2, 2], dim=2)
+    if norm is not None:
+        q, k = (x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * w
+                for x, w in ((q, block.attn.memory_q), (k, block.attn.memory_k)))
+    q, k = (torch.where(x > 0, x + 1, x.exp()) for x in (q, k.repeat_interleave(2, dim=2)))  # (B, T, H, D)
+    expected = []
+    for p in range(433, 439):
+        assert depth < 1 or begin < p // 64 * 64 < end  # a part of the needle is not in the memory yet
+        weights = torch.einsum("bhd,bjhd->bhj", q[:, p], k[:, :p // 64 * 64])
+        expected.append(weights[..., begin:end].sum(-1) / weights.sum(-1))
+    torch.testing.assert_close(shares[:, 0], torch.stack(expected).mean(0), rtol=1e-4, atol=1e-6)
+    assert 0.02 < float(shares.min()) and float(shares.max()) < 0.9 and not block.attn.wqkv._forward_hooks
+
+
+def test_closed_gates_forget(tmp_path, monkeypatch, capsys):
+    """--no-memory: what is said before the last segment changes no answer; with the memory it does."""
+    monkeypatch.setattr(evaluation, "RESULTS", tmp_path)
+    model, said = tiny("infini", memory_beta=0.0), []
+    monkeypatch.setattr(evaluation, "load", lambda name, fields: (model, load_tokenizer("byte")))
+    inner = GPT.hidden
+
+    def hidden(self, idx, **options):
+        x = inner(self, idx, **options)
+        if idx.shape[1] == 1:
+            said.append(x)
+        return x
+
+    monkeypatch.setattr(GPT, "hidden", hidden)
+    command = ["passkey", "--lengths", "384", "--depths", "0", "--samples", "2", "--name", "g"]
+    spread = []
+    for flags in (["--diagnose"], ["--no-memory", "--diagnose"]):
+        said.clear()
+        main(command + flags)
+        spread.append(float((said[0][0] - said[0][1]).abs().max()))  # two keys, then the same 300 tokens
+    assert spread[0] > 1e-3 and spread[1] == 0
+    out = capsys.readouterr().out
+    assert "no memory: right keys" in out and out.count("needle share at depth 0, mean and best head") == 2
+    result = json.loads((tmp_path / "g.json").read_text())
+    assert result["options"]["memory"] is False and len(result["variants"][0]["cells"][0]["needle_share"]) == 2
 
 
 def test_passkey_scores(monkeypatch):
