@@ -382,7 +382,7 @@ BLOCK_NAMES = {"outer": ("BLOCK_M", "BLOCK_V"), "scan": ("BLOCK_V", "BLOCK_K")}
 def _options(kernel, x, dtype=None):
     """The head dim of x (..., D), precision, accumulator and tile of a kernel on inputs of `dtype` (default: that of x)."""
     dtype, block_d = dtype or x.dtype, max(16, triton.next_power_of_2(x.shape[-1]))
-    tile = (16, 16, 4, 1) if arch(x) == "cpu" else TILES[min(4, dtype.itemsize), max(64, block_d)][kernel]
+    tile = (16, 32, 4, 1) if arch(x) == "cpu" else TILES[min(4, dtype.itemsize), max(64, block_d)][kernel]
     precision = dot_precision(dtype)
     if dtype.itemsize == 2 and arch(x) != "gfx":  # one side of each product is float32
         precision = "tf32"
