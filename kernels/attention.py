@@ -7,8 +7,9 @@ Exact attention, forward and backward.
 
 q (B, Tq, H, D), k and v (B, Tk, G, D) with H a multiple of G (head h reads kv head h // (H / G)), out like q, lse (B,
 H, Tq). Row i sits at position q_start + i, key j at k_start + j. With offset = q_start - k_start, causal: j <= i + offset;
-a window of W: also j > i + offset - W. ALiBi takes slope_h * (i + offset - j) off the score. Sinks are a second set of few
-keys with queries of their own, in the same softmax; row i sees sink j if j <= q_start + i.
+a window of W: also j > i + offset - W; segments of N: (q_start + i) // N == (k_start + j) // N. ALiBi takes slope_h * (i +
+offset - j) off the score. Sinks are a second set of few keys with queries of their own, in the same softmax; row i sees
+sink j if j <= q_start + i.
 
 FlashAttention-2's scheme (Dao, arXiv 2307.08691): a program holds one block of queries and walks the keys, the running
 maximum and sum in base 2 with the scale folded in (LSE below is log2 of the sum; the public functions speak natural
@@ -30,6 +31,7 @@ from kernels.backend import arch, dot_precision, register, tl, triton, use_trito
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+_POSITIONS = ["T_Q", "T_K", "offset", "back", "segment", "q_phase", "k_phase", "shift", "distance"]  # see _Part
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -50,7 +52,8 @@ def _ungrouped(x, n, H):
 class _Part(NamedTuple):
     """
     The keys, or the sinks, with the queries for them; positions as indices. Row i sees key j if j <= i + offset (causal)
-    and j > i + back (None: no such bound). Its ALiBi distance is min(i + distance, cap) - j.
+    and j > i + back (None: no such bound), and for segment = (N, q_phase, k_phase, shift) if j is one of the N keys from
+    (i + q_phase) // N * N + shift - k_phase on. Its ALiBi distance is min(i + distance, cap) - j.
     """
 
     q: torch.Tensor
@@ -60,28 +63,49 @@ class _Part(NamedTuple):
     causal: bool
     offset: int
     back: int | None
+    segment: tuple[int, int, int, int] | None
     distance: int
     cap: int
 
+    def first_key(self, i):
+        """The first key of row i's segment, for an int or a tensor of them."""
+        N, q_phase, k_phase, shift = self.segment
+        return (i + q_phase) // N * N + shift - k_phase
 
-def _parts(q, k, v, q_sink, k_sink, v_sink, k_docs, causal, window, q_start, k_start) -> list[_Part]:
+
+def _segment_grid(segment, q_start, k_start, Tq, Tk):
+    """_Part.segment, in numbers below 4 (Tq + Tk); None where all rows and keys lie in one segment."""
+    (q_segment, q_phase), (k_segment, k_phase) = divmod(q_start, segment), divmod(k_start, segment)
+    ahead, limit = q_segment - k_segment, Tq + Tk + 1
+    if segment > limit:  # at most one border among the rows and one among the keys: no other counts
+        q_phase, k_phase = (limit - min(limit, segment - phase) for phase in (q_phase, k_phase))
+        segment = limit
+    if ahead == 0 and q_phase + Tq <= segment and k_phase + Tk <= segment:
+        return None
+    ahead = max(-(Tq // segment) - 2, min(Tk // segment + 2, ahead))
+    return segment, q_phase, k_phase, ahead * segment
+
+
+def _parts(q, k, v, q_sink, k_sink, v_sink, k_docs, causal, window, segment, q_start, k_start) -> list[_Part]:
     """The keys without those that are sinks, and the sinks if there are any."""
-    def part(q, k, v, k_docs, causal, window, distance, cap):
-        Tq, Tk = q.shape[1], k.shape[1]
+    def part(q, k, v, k_docs, causal, window, segment, k_start, cap):
+        Tq, Tk, distance = q.shape[1], k.shape[1], q_start - k_start
+        segment = None if segment is None else _segment_grid(segment, q_start, k_start, Tq, Tk)
         offset, back = (max(-Tq, min(Tk, distance - n)) for n in (0, window or 0))
         hides = window is not None and back > -Tq
         distance, cap = (distance, distance + Tq) if cap is None else (min(distance, cap), cap)
-        return _Part(q, k, v, k_docs, causal, offset, back if hides else None, distance, cap)
+        return _Part(q, k, v, k_docs, causal or segment is not None, offset if causal else Tk, back if hides else None,
+                     segment, distance, cap)
 
     causal = causal or window is not None
     if q_sink is None:
-        return [part(q, k, v, k_docs, causal, window, q_start - k_start, None)]
+        return [part(q, k, v, k_docs, causal, window, segment, k_start, None)]
     S = k_sink.shape[1]
     first = max(0, min(k.shape[1], S - k_start))
     if k_docs is not None:
         k_docs = k_docs[:, first:]
-    return [part(q, k[:, first:], v[:, first:], k_docs, causal, window, q_start - k_start - first, None),
-            part(q_sink, k_sink, v_sink, None, True, None, q_start, None if window is None else S + window - 1)]
+    return [part(q, k[:, first:], v[:, first:], k_docs, causal, window, segment, k_start + first, None),
+            part(q_sink, k_sink, v_sink, None, True, None, None, 0, None if window is None else S + window - 1)]
 
 
 def _hide(s, seen, at):
@@ -95,8 +119,12 @@ def _scores(part, rows, alibi_slopes, q_docs, scale):
     float64 for float64. Only those keys are read.
     """
     (B, Tk, G, _), H, acc = part.k.shape, part.q.shape[2], torch.promote_types(part.q.dtype, torch.float32)
-    first = 0 if part.back is None else min(Tk, max(0, rows.start + part.back + 1))
-    keys = slice(first, max(first, min(Tk, rows.stop + part.offset)) if part.causal else Tk)
+    first, stop = 0 if part.back is None else rows.start + part.back + 1, rows.stop + part.offset if part.causal else Tk
+    if part.segment is not None:
+        first, last = max(first, part.first_key(rows.start)), part.first_key(rows.stop - 1)
+        stop = min(stop, last + part.segment[0])
+    first = min(Tk, max(0, first))
+    keys = slice(first, max(first, min(Tk, stop)))
     s = _grouped(part.q[:, rows].to(acc) * scale, G) @ part.k[:, keys].to(acc).permute(0, 2, 3, 1)
     i, j = (torch.arange(x.start, x.stop, device=s.device) for x in (rows, keys))
     i, by_head = i[:, None], s.view(B, H, len(i), len(j))
@@ -108,26 +136,36 @@ def _scores(part, rows, alibi_slopes, q_docs, scale):
         _hide(by_head, j[at:] <= i + part.offset, at)
     if part.back is not None:  # the last row sees the keys from rows.stop + back on
         _hide(by_head, j[:max(0, rows.stop + part.back - first)] > i + part.back, 0)
+    if part.segment is not None and last != part.first_key(rows.start):
+        _hide(by_head, (j >= part.first_key(i)) & (j < part.first_key(i) + part.segment[0]), 0)
     if part.k_docs is not None:
         _hide(by_head, (q_docs[:, rows, None] == part.k_docs[:, None, keys])[:, None], 0)
     return keys, s
 
 
 def _row_blocks(parts):
-    """Slices of the rows: 2^23 scores at most; with a window few rows, so that most scores count and stay in the cache."""
-    (B, Tq, H, _), n, keys = parts[0].q.shape, parts[0].q.shape[1], sum(part.k.shape[1] for part in parts)
-    if parts[0].back is not None:
-        window = parts[0].offset - parts[0].back
-        n = max(64, window // 16)
-        keys = min(parts[0].k.shape[1], n + window) + sum(part.k.shape[1] for part in parts[1:])
-    n = max(1, min(n, 2**23 // max(1, B * H * keys)))
-    return [slice(start, min(Tq, start + n)) for start in range(0, Tq if B else 0, n)]
+    """
+    Slices of the rows: 2^23 scores at most; with a window few rows, so that most scores count and stay in the cache; from
+    one segment, or from several small ones.
+    """
+    (B, Tq, H, _), main = parts[0].q.shape, parts[0]
+    n, keys, edges = Tq, main.k.shape[1], [0, Tq if B else 0]
+    if main.segment is not None:
+        N, phase = main.segment[:2]
+        n = N * max(1, 64 // N)
+        keys, edges = min(keys, n), [0, *range(n - phase, edges[1], n), edges[1]]
+    if main.back is not None:
+        window = main.offset - main.back
+        n = min(n, max(64, window // 16))
+        keys = min(keys, n + window)
+    n = max(1, min(n, 2**23 // max(1, B * H * (keys + sum(part.k.shape[1] for part in parts[1:])))))
+    return [slice(i, min(stop, i + n)) for start, stop in zip(edges, edges[1:]) for i in range(start, stop, n)]
 
 
-def _attention_fwd_ref(q, k, v, q_sink, k_sink, v_sink, alibi_slopes, q_docs, k_docs, scale, causal, window, q_start,
-                       k_start, out_dtype):
+def _attention_fwd_ref(q, k, v, q_sink, k_sink, v_sink, alibi_slopes, q_docs, k_docs, scale, causal, window, segment,
+                       q_start, k_start, out_dtype):
     (B, Tq, H, D), acc = q.shape, torch.promote_types(q.dtype, torch.float32)
-    parts = _parts(q, k, v, q_sink, k_sink, v_sink, k_docs, causal, window, q_start, k_start)
+    parts = _parts(q, k, v, q_sink, k_sink, v_sink, k_docs, causal, window, segment, q_start, k_start)
     out = torch.zeros(q.shape, dtype=out_dtype, device=q.device)
     lse = torch.full((B, H, Tq), -torch.inf, dtype=acc, device=q.device)
     for rows in _row_blocks(parts):
@@ -149,10 +187,10 @@ def _attention_fwd_ref(q, k, v, q_sink, k_sink, v_sink, alibi_slopes, q_docs, k_
 
 
 def _attention_bwd_ref(dout, dlse, q, k, v, q_sink, k_sink, v_sink, out, lse, alibi_slopes, q_docs, k_docs, scale, causal,
-                       window, q_start, k_start):
+                       window, segment, q_start, k_start):
     """-> [dq, dk, dv], and with sinks [..., dq_sink, dk_sink, dv_sink]."""
     H, G, acc = q.shape[2], k.shape[2], torch.promote_types(q.dtype, torch.float32)
-    parts = _parts(q, k, v, q_sink, k_sink, v_sink, k_docs, causal, window, q_start, k_start)
+    parts = _parts(q, k, v, q_sink, k_sink, v_sink, k_docs, causal, window, segment, q_start, k_start)
     grads = [[torch.zeros(x.shape, dtype=dtype, device=q.device)
               for x, dtype in ((part.q, q.dtype), (part.k, acc), (part.v, acc))] for part in parts]
     for rows in _row_blocks(parts):
@@ -174,15 +212,16 @@ def _attention_bwd_ref(dout, dlse, q, k, v, q_sink, k_sink, v_sink, out, lse, al
     return [x.to(q.dtype) for part in grads for x in part]
 
 
-def attention_ref(q, k, v, *, scale, causal, window=None, sinks=None, alibi_slopes=None, q_docs=None, k_docs=None,
-                  q_start=0, k_start=0):
+def attention_ref(q, k, v, *, scale, causal, window=None, sinks=None, segment=None, alibi_slopes=None, q_docs=None,
+                  k_docs=None, q_start=0, k_start=0):
     """
     The meaning of `attention`, in plain torch: (out, lse) in float32, or float64 for float64 inputs. Memory stays
-    bounded: a block of rows at a time, recomputed in the backward pass. With a window, time grows with Tq x window.
+    bounded: a block of rows at a time, recomputed in the backward pass. With a window, time grows with Tq x window, with
+    segments with Tq x segment.
     """
     acc = torch.promote_types(q.dtype, torch.float32)
-    return _Attention.apply(q, k, v, *sinks or 3 * (None,), alibi_slopes, q_docs, k_docs, scale, causal, window, q_start,
-                            k_start, acc, False)
+    return _Attention.apply(q, k, v, *sinks or 3 * (None,), alibi_slopes, q_docs, k_docs, scale, causal, window, segment,
+                            q_start, k_start, acc, False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -221,22 +260,41 @@ def _query_block(T_Q, H: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _key_range(K_LO, K_HI, block, m0, T_Q, T_K, offset, back, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-               DOCS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _reach(x, T, lower, upper, segment, phase, shift, LOWER: tl.constexpr, UPPER: tl.constexpr, SEGMENT: tl.constexpr):
     """
-    For the rows from m0: every row sees all keys in [inner, mid); some row may see keys in [lo, inner) (the window's edge)
-    and in [mid, hi); none sees others. lo, inner and mid are multiples of BLOCK_N.
+    The first and the last of T keys that row x sees (or of T rows that see key x), for one x or a block of them: from
+    x + lower to x + upper, inside x's segment of `segment`. Both grow with x.
     """
+    low = x * 0
+    high = low + (T - 1)
+    if LOWER:
+        low = x + lower
+    if UPPER:
+        high = tl.minimum(high, x + upper)
+    if SEGMENT:
+        start = (x + phase) // segment * segment + shift
+        low = tl.maximum(low, start)
+        high = tl.minimum(high, start + (segment - 1))
+    return low, high
+
+
+@triton.jit
+def _key_range(K_LO, K_HI, block, m0, T_Q, T_K, offset, back, segment, phase, shift, CAUSAL: tl.constexpr,
+               WINDOW: tl.constexpr, DOCS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """
+    For the rows from m0: every row sees all keys in [inner, mid); some row may see keys in [lo, inner) (the edge of the
+    window or the segment) and in [mid, hi); none sees others. lo, inner and mid are multiples of BLOCK_N.
+    """
+    first_low, first_high = _reach(m0, T_K, back + 1, offset, segment, phase, shift, WINDOW, CAUSAL, WINDOW)
+    last_low, last_high = _reach(tl.minimum(T_Q, m0 + BLOCK_M) - 1, T_K, back + 1, offset, segment, phase, shift,
+                                 WINDOW, CAUSAL, WINDOW)
     lo = 0
     inner = 0
-    mid = T_K // BLOCK_N * BLOCK_N
-    hi = T_K
-    if CAUSAL:
-        mid = tl.maximum(0, tl.minimum(T_K, m0 + 1 + offset)) // BLOCK_N * BLOCK_N
-        hi = tl.maximum(0, tl.minimum(T_K, tl.minimum(T_Q, m0 + BLOCK_M) + offset))
+    mid = tl.maximum(0, first_high + 1) // BLOCK_N * BLOCK_N
+    hi = tl.maximum(0, last_high + 1)
     if WINDOW:
-        lo = tl.maximum(0, tl.minimum(hi, m0 + 1 + back)) // BLOCK_N * BLOCK_N
-        inner = tl.maximum(lo, tl.cdiv(tl.minimum(hi, m0 + BLOCK_M + back), BLOCK_N) * BLOCK_N)
+        lo = tl.maximum(0, tl.minimum(hi, first_low)) // BLOCK_N * BLOCK_N
+        inner = tl.maximum(lo, tl.cdiv(tl.minimum(hi, last_low), BLOCK_N) * BLOCK_N)
         mid = tl.maximum(mid, inner)
     if DOCS:
         lo = tl.maximum(lo, tl.load(K_LO + block) * BLOCK_N)
@@ -247,22 +305,19 @@ def _key_range(K_LO, K_HI, block, m0, T_Q, T_K, offset, back, CAUSAL: tl.constex
 
 
 @triton.jit
-def _visible(rows, keys, T_K, offset, back, row_docs, K_DOCS, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-             DOCS: tl.constexpr):
+def _visible(low, high, keys, T_K, row_docs, K_DOCS, WINDOW: tl.constexpr, DOCS: tl.constexpr):
     """(rows, keys) mask."""
-    mask = (keys < T_K)[None, :] & (rows >= 0)[:, None]  # the second is always true: it makes the shape
-    if CAUSAL:
-        mask = mask & (keys[None, :] <= rows[:, None] + offset)
+    mask = keys[None, :] <= high[:, None]
     if WINDOW:
-        mask = mask & (keys[None, :] > rows[:, None] + back)
+        mask = mask & (keys[None, :] >= low[:, None])
     if DOCS:
         mask = mask & (row_docs[:, None] == tl.load(K_DOCS + keys, keys < T_K, 0)[None, :])
     return mask
 
 
 @triton.jit
-def _fwd_step(b_acc, b_sum, b_max, b_q, K, V, start, rows, row_docs, K_DOCS, T_K, offset, back, b_pos, slope,
-              stride_kt, stride_vt, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCS: tl.constexpr,
+def _fwd_step(b_acc, b_sum, b_max, b_q, K, V, start, low, high, row_docs, K_DOCS, T_K, b_pos, slope,
+              stride_kt, stride_vt, MASK: tl.constexpr, WINDOW: tl.constexpr, DOCS: tl.constexpr,
               ALIBI: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
               BLOCK_N: tl.constexpr):
     """Keys [start, start + BLOCK_N) join the running softmax. SCALE and slope include log2(e)."""
@@ -273,7 +328,7 @@ def _fwd_step(b_acc, b_sum, b_max, b_q, K, V, start, rows, row_docs, K_DOCS, T_K
     if ALIBI:
         b_s = b_s * SCALE - slope * ((b_pos - start).to(b_s.dtype)[:, None] - n.to(b_s.dtype)[None, :])
     if MASK:
-        mask = _visible(rows, start + n, T_K, offset, back, row_docs, K_DOCS, CAUSAL, WINDOW, DOCS)
+        mask = _visible(low, high, start + n, T_K, row_docs, K_DOCS, WINDOW, DOCS)
         b_s = tl.where(mask, b_s, float("-inf"))
     b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
     b_pivot = b_new
@@ -288,9 +343,10 @@ def _fwd_step(b_acc, b_sum, b_max, b_q, K, V, start, rows, row_docs, K_DOCS, T_K
     return b_acc, b_sum, b_new
 
 
-@triton.jit(do_not_specialize=["T_Q", "T_K", "offset", "back", "distance", "S", "sink_offset", "sink_distance", "cap"])
+@triton.jit(do_not_specialize=[*_POSITIONS, "S", "sink_offset", "sink_distance", "cap"])
 def _attention_fwd_kernel(Q, K, V, Q_SINK, K_SINK, V_SINK, SLOPES, OUT, LSE, Q_DOCS, K_DOCS, K_LO, K_HI,
-                          T_Q, T_K, offset, back, distance, S, sink_offset, sink_distance, cap,
+                          T_Q, T_K, offset, back, segment, q_phase, k_phase, shift, distance,
+                          S, sink_offset, sink_distance, cap,
                           stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
                           H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
                           SINKS: tl.constexpr, ALIBI: tl.constexpr, DOCS: tl.constexpr, SCALE: tl.constexpr,
@@ -319,25 +375,29 @@ def _attention_fwd_kernel(Q, K, V, Q_SINK, K_SINK, V_SINK, SLOPES, OUT, LSE, Q_D
         b_q = _tile_load(Q_SINK + contiguous, m, T_Q - m0, H * D, D, BLOCK_D, True)
         at = b * S * stride_s + h // GROUP * D
         b_pos = tl.minimum(rows + sink_distance, cap)
+        sink_high = tl.minimum(S - 1, rows + sink_offset)
         for start in range(0, tl.minimum(S, tl.minimum(T_Q, m0 + BLOCK_M) + sink_offset), BLOCK_S):
             b_acc, b_sum, b_max = _fwd_step(
-                b_acc, b_sum, b_max, b_q, K_SINK + at, V_SINK + at, start, rows, rows, K_DOCS, S, sink_offset, 0, b_pos, slope,
-                stride_s, stride_s, True, True, False, False, ALIBI, SCALE, PRECISION, D, BLOCK_D, BLOCK_S)
+                b_acc, b_sum, b_max, b_q, K_SINK + at, V_SINK + at, start, rows, sink_high, rows, K_DOCS, S, b_pos, slope,
+                stride_s, stride_s, True, False, False, ALIBI, SCALE, PRECISION, D, BLOCK_D, BLOCK_S)
     b_q = _tile_load(Q, m, T_Q - m0, stride_qt, D, BLOCK_D, True)
     b_pos = rows + distance
-    lo, inner, mid, hi = _key_range(K_LO, K_HI, block, m0, T_Q, T_K, offset, back, CAUSAL, WINDOW, DOCS, BLOCK_M, BLOCK_N)
+    shift -= k_phase
+    low, high = _reach(rows, T_K, back + 1, offset, segment, q_phase, shift, WINDOW, CAUSAL, WINDOW)
+    lo, inner, mid, hi = _key_range(K_LO, K_HI, block, m0, T_Q, T_K, offset, back, segment, q_phase, shift, CAUSAL, WINDOW,
+                                    DOCS, BLOCK_M, BLOCK_N)
     if not DOCS:
         for start in range(inner, mid, BLOCK_N):
             b_acc, b_sum, b_max = _fwd_step(
-                b_acc, b_sum, b_max, b_q, K, V, start, rows, row_docs, K_DOCS, T_K, offset, back, b_pos, slope,
-                stride_kt, stride_vt, False, CAUSAL, WINDOW, DOCS, ALIBI, SCALE, PRECISION, D, BLOCK_D, BLOCK_N)
+                b_acc, b_sum, b_max, b_q, K, V, start, low, high, row_docs, K_DOCS, T_K, b_pos, slope,
+                stride_kt, stride_vt, False, WINDOW, DOCS, ALIBI, SCALE, PRECISION, D, BLOCK_D, BLOCK_N)
     for i in range(mid - (inner - lo), hi, BLOCK_N):  # [lo, inner) and [mid, hi) in one loop: registers
         start = i
         if WINDOW:
             start = tl.where(i < mid, i - mid + inner, i)
         b_acc, b_sum, b_max = _fwd_step(
-            b_acc, b_sum, b_max, b_q, K, V, start, rows, row_docs, K_DOCS, T_K, offset, back, b_pos, slope,
-            stride_kt, stride_vt, True, CAUSAL, WINDOW, DOCS, ALIBI, SCALE, PRECISION, D, BLOCK_D, BLOCK_N)
+            b_acc, b_sum, b_max, b_q, K, V, start, low, high, row_docs, K_DOCS, T_K, b_pos, slope,
+            stride_kt, stride_vt, True, WINDOW, DOCS, ALIBI, SCALE, PRECISION, D, BLOCK_D, BLOCK_N)
     empty = b_sum == 0.0
     b_sum = tl.where(empty, 1.0, b_sum)
     b_lse = tl.where(empty, float("-inf"), b_max + tl.log2(b_sum))
@@ -346,8 +406,8 @@ def _attention_fwd_kernel(Q, K, V, Q_SINK, K_SINK, V_SINK, SLOPES, OUT, LSE, Q_D
 
 
 @triton.jit
-def _dq_step(b_dq, b_q, b_dout, b_lse, b_delta, K, V, start, rows, row_docs, K_DOCS, T_K, offset, back, b_pos, slope,
-             stride_kt, stride_vt, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCS: tl.constexpr,
+def _dq_step(b_dq, b_q, b_dout, b_lse, b_delta, K, V, start, low, high, row_docs, K_DOCS, T_K, b_pos, slope,
+             stride_kt, stride_vt, MASK: tl.constexpr, WINDOW: tl.constexpr, DOCS: tl.constexpr,
              ALIBI: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
              BLOCK_N: tl.constexpr):
     n = tl.arange(0, BLOCK_N)
@@ -358,15 +418,15 @@ def _dq_step(b_dq, b_q, b_dout, b_lse, b_delta, K, V, start, rows, row_docs, K_D
         b_s -= slope * ((b_pos - start).to(b_s.dtype)[:, None] - n.to(b_s.dtype)[None, :])
     b_p = tl.exp2(b_s - b_lse[:, None])
     if MASK:
-        b_p = tl.where(_visible(rows, start + n, T_K, offset, back, row_docs, K_DOCS, CAUSAL, WINDOW, DOCS), b_p, 0.0)
+        b_p = tl.where(_visible(low, high, start + n, T_K, row_docs, K_DOCS, WINDOW, DOCS), b_p, 0.0)
     b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
     b_ds = b_p * (b_dp - b_delta[:, None])
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION, out_dtype=b_dq.dtype)
 
 
-@triton.jit(do_not_specialize=["T_Q", "T_K", "offset", "back", "distance", "cap"])
+@triton.jit(do_not_specialize=[*_POSITIONS, "cap"])
 def _attention_dq_kernel(Q, K, V, SLOPES, OUT, DOUT, LSE, DLSE, DQ, DELTA, Q_DOCS, K_DOCS, K_LO, K_HI,
-                         T_Q, T_K, offset, back, distance, cap,
+                         T_Q, T_K, offset, back, segment, q_phase, k_phase, shift, distance, cap,
                          stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
                          stride_ob, stride_ot, stride_oh,
                          H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
@@ -401,26 +461,29 @@ def _attention_dq_kernel(Q, K, V, SLOPES, OUT, DOUT, LSE, DLSE, DQ, DELTA, Q_DOC
     b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse)
     b_dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     b_pos = tl.minimum(rows + distance, cap)
-    lo, inner, mid, hi = _key_range(K_LO, K_HI, block, m0, T_Q, T_K, offset, back, CAUSAL, WINDOW, DOCS, BLOCK_M, BLOCK_N)
+    shift -= k_phase
+    low, high = _reach(rows, T_K, back + 1, offset, segment, q_phase, shift, WINDOW, CAUSAL, WINDOW)
+    lo, inner, mid, hi = _key_range(K_LO, K_HI, block, m0, T_Q, T_K, offset, back, segment, q_phase, shift, CAUSAL, WINDOW,
+                                    DOCS, BLOCK_M, BLOCK_N)
     if not DOCS:
         for start in range(inner, mid, BLOCK_N):
             b_dq = _dq_step(
-                b_dq, b_q, b_dout, b_lse, b_delta, K, V, start, rows, row_docs, K_DOCS, T_K, offset, back, b_pos, slope,
-                stride_kt, stride_vt, False, CAUSAL, WINDOW, DOCS, ALIBI, SCALE, PRECISION, D, BLOCK_D, BLOCK_N)
+                b_dq, b_q, b_dout, b_lse, b_delta, K, V, start, low, high, row_docs, K_DOCS, T_K, b_pos, slope,
+                stride_kt, stride_vt, False, WINDOW, DOCS, ALIBI, SCALE, PRECISION, D, BLOCK_D, BLOCK_N)
     for i in range(mid - (inner - lo), hi, BLOCK_N):
         start = i
         if WINDOW:
             start = tl.where(i < mid, i - mid + inner, i)
         b_dq = _dq_step(
-            b_dq, b_q, b_dout, b_lse, b_delta, K, V, start, rows, row_docs, K_DOCS, T_K, offset, back, b_pos, slope,
-            stride_kt, stride_vt, True, CAUSAL, WINDOW, DOCS, ALIBI, SCALE, PRECISION, D, BLOCK_D, BLOCK_N)
+            b_dq, b_q, b_dout, b_lse, b_delta, K, V, start, low, high, row_docs, K_DOCS, T_K, b_pos, slope,
+            stride_kt, stride_vt, True, WINDOW, DOCS, ALIBI, SCALE, PRECISION, D, BLOCK_D, BLOCK_N)
     _tile_store(DQ + contiguous, b_dq * (SCALE * LN2), m, T_Q - m0, H * D, D, BLOCK_D)
 
 
 @triton.jit
-def _dkdv_step(b_dk, b_dv, b_k, b_v, Q, DOUT, LSE, DELTA, start, keys, key_docs, Q_DOCS, T_Q, T_K, offset, back,
-               distance, cap, SLOPES, stride_qt, stride_ot, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-               DOCS: tl.constexpr, ALIBI: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
+def _dkdv_step(b_dk, b_dv, b_k, b_v, Q, DOUT, LSE, DELTA, start, n0, low, high, key_docs, Q_DOCS, T_Q,
+               distance, cap, SLOPES, stride_qt, stride_ot, MASK: tl.constexpr, WINDOW: tl.constexpr, DOCS: tl.constexpr,
+               ALIBI: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
                BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
     """Rows [start, start + BLOCK_M), transposed throughout: keys down, queries across."""
     m = tl.arange(0, BLOCK_M)
@@ -435,14 +498,13 @@ def _dkdv_step(b_dk, b_dv, b_k, b_v, Q, DOUT, LSE, DELTA, start, keys, key_docs,
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * SCALE
     if ALIBI:
         b_pos = tl.minimum(rows + distance, cap) - start
-        b_s -= tl.load(SLOPES) * LOG2E * (b_pos.to(b_s.dtype)[None, :] - (keys - start).to(b_s.dtype)[:, None])
+        n = n0 - start + tl.arange(0, b_k.shape[0])
+        b_s -= tl.load(SLOPES) * LOG2E * (b_pos.to(b_s.dtype)[None, :] - n.to(b_s.dtype)[:, None])
     b_p = tl.exp2(b_s - b_lse[None, :])
     if MASK:
-        mask = (rows < T_Q)[None, :] & (keys < T_K)[:, None]
-        if CAUSAL:
-            mask = mask & (keys[:, None] <= rows[None, :] + offset)
+        mask = (rows < T_Q)[None, :] & (rows[None, :] >= low[:, None])
         if WINDOW:
-            mask = mask & (keys[:, None] > rows[None, :] + back)
+            mask = mask & (rows[None, :] <= high[:, None])
         if DOCS:
             mask = mask & (key_docs[:, None] == tl.load(Q_DOCS + rows, rows < T_Q, 0)[None, :])
         b_p = tl.where(mask, b_p, 0.0)
@@ -455,9 +517,9 @@ def _dkdv_step(b_dk, b_dv, b_k, b_v, Q, DOUT, LSE, DELTA, start, keys, key_docs,
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["T_Q", "T_K", "offset", "back", "distance", "cap", "batch", "split_rows"])
+@triton.jit(do_not_specialize=[*_POSITIONS, "cap", "batch", "split_rows"])
 def _attention_dkdv_kernel(Q, K, V, SLOPES, DOUT, LSE, DELTA, DK, DV, Q_DOCS, K_DOCS, Q_LO, Q_HI,
-                           T_Q, T_K, offset, back, distance, cap, batch, split_rows,
+                           T_Q, T_K, offset, back, segment, q_phase, k_phase, shift, distance, cap, batch, split_rows,
                            stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
                            stride_ob, stride_ot, stride_oh, stride_db,
                            H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
@@ -485,17 +547,16 @@ def _attention_dkdv_kernel(Q, K, V, SLOPES, DOUT, LSE, DELTA, DK, DV, Q_DOCS, K_
     b_k = _tile_load(K, n, T_K - n0, stride_kt, D, BLOCK_D, True)
     b_v = _tile_load(V, n, T_K - n0, stride_vt, D, BLOCK_D, True)
     # rows [lo, mid) see some of these keys, [mid, full) all of them, [full, end) some: the window's edge, or T_END's block
-    lo = row0
-    mid = row0
-    full = T_END // BLOCK_M * BLOCK_M
-    end = T_END
-    if CAUSAL:
-        lo = tl.minimum(T_END, tl.maximum(row0, n0 - offset)) // BLOCK_M * BLOCK_M
-        mid = tl.cdiv(tl.minimum(T_END, tl.maximum(row0, n0 + BLOCK_N - 1 - offset)), BLOCK_M) * BLOCK_M
-    if WINDOW:
-        end = tl.minimum(T_END, tl.maximum(lo, n0 + BLOCK_N - 1 - back))
-        full = tl.minimum(T_END, tl.maximum(lo, n0 - back)) // BLOCK_M * BLOCK_M
-        mid = tl.minimum(mid, tl.cdiv(end, BLOCK_M) * BLOCK_M)
+    shift = -shift - q_phase
+    low, high = _reach(keys, T_END, -offset, -back - 1, segment, k_phase, shift, CAUSAL, WINDOW, WINDOW)
+    first_low, first_high = _reach(n0, T_END, -offset, -back - 1, segment, k_phase, shift, CAUSAL, WINDOW, WINDOW)
+    last_low, last_high = _reach(tl.minimum(T_K, n0 + BLOCK_N) - 1, T_END, -offset, -back - 1, segment, k_phase, shift,
+                                 CAUSAL, WINDOW, WINDOW)
+    lo = tl.minimum(T_END, tl.maximum(row0, first_low)) // BLOCK_M * BLOCK_M
+    mid = tl.cdiv(tl.minimum(T_END, tl.maximum(row0, last_low)), BLOCK_M) * BLOCK_M
+    full = tl.maximum(lo, first_high + 1) // BLOCK_M * BLOCK_M
+    end = tl.maximum(lo, last_high + 1)
+    mid = tl.minimum(mid, tl.cdiv(end, BLOCK_M) * BLOCK_M)
     key_docs = keys
     if DOCS:
         key_docs = tl.load(K_DOCS + b * T_K + keys, keys < T_K, 0)
@@ -519,17 +580,17 @@ def _attention_dkdv_kernel(Q, K, V, SLOPES, DOUT, LSE, DELTA, DK, DV, Q_DOCS, K_
         start = lo + i % masked * BLOCK_M
         start = tl.where(start < mid, start, full + start - mid)
         b_dk, b_dv = _dkdv_step(
-            b_dk, b_dv, b_k, b_v, Q + h * stride_qh, DOUT + h * stride_oh, LSE + h * T_Q, DELTA + h * T_Q, start, keys,
-            key_docs, Q_DOCS, T_Q, T_K, offset, back, distance, cap, SLOPES + h if ALIBI else SLOPES, stride_qt, stride_ot,
-            True, CAUSAL, WINDOW, DOCS, ALIBI, SCALE, PRECISION, D, BLOCK_D, BLOCK_M)
+            b_dk, b_dv, b_k, b_v, Q + h * stride_qh, DOUT + h * stride_oh, LSE + h * T_Q, DELTA + h * T_Q, start, n0,
+            low, high, key_docs, Q_DOCS, T_Q, distance, cap, SLOPES + h if ALIBI else SLOPES, stride_qt, stride_ot,
+            True, WINDOW, DOCS, ALIBI, SCALE, PRECISION, D, BLOCK_D, BLOCK_M)
     if not DOCS:
         whole = (full - mid) // BLOCK_M
         for i in range(0, GROUP * whole):
             h = tl.cast(i // whole, tl.int64)
             b_dk, b_dv = _dkdv_step(
                 b_dk, b_dv, b_k, b_v, Q + h * stride_qh, DOUT + h * stride_oh, LSE + h * T_Q, DELTA + h * T_Q,
-                mid + i % whole * BLOCK_M, keys, key_docs, Q_DOCS, T_Q, T_K, offset, back, distance, cap,
-                SLOPES + h if ALIBI else SLOPES, stride_qt, stride_ot, False, CAUSAL, WINDOW, DOCS, ALIBI, SCALE, PRECISION,
+                mid + i % whole * BLOCK_M, n0, low, high, key_docs, Q_DOCS, T_Q, distance, cap,
+                SLOPES + h if ALIBI else SLOPES, stride_qt, stride_ot, False, WINDOW, DOCS, ALIBI, SCALE, PRECISION,
                 D, BLOCK_D, BLOCK_M)
     _tile_store(DK + at, b_dk * (SCALE * LN2), n, T_K - n0, G * D, D, BLOCK_D)
     _tile_store(DV + at, b_dv, n, T_K - n0, G * D, D, BLOCK_D)
@@ -570,10 +631,11 @@ RICH_TILES = {
     (89, 2, 128): dict(fwd=(64, 64, 8, 2)),
     (90, 2, 128): dict(fwd=(128, 64, 8, 2), dq=(128, 32, 8, 2)),
     (90, 2, 256): dict(fwd=(64, 16, 8, 2), dq=(64, 16, 8, 2)),
+    (100, 2, 256): dict(fwd=(64, 32, 8, 2)),
     ("gfx", 2, 64): dict(fwd=(128, 64, 8, 2), dq=(64, 64, 4, 2)),
     ("gfx", 2, 256): dict(fwd=(32, 32, 8, 2)),
 }
-SINK_TILES = {(2, 64): (64, 16, 4, 2), (2, 128): (64, 16, 4, 2), (2, 256): (32, 16, 4, 2),  # dk and dv of sinks
+SINK_TILES = {(2, 64): (64, 16, 4, 2), (2, 128): (64, 16, 4, 2), (2, 256): (16, 16, 4, 2),  # dk and dv of sinks
               (4, 64): (32, 16, 4, 2), (4, 128): (16, 16, 4, 2), (4, 256): (16, 16, 4, 1)}
 SPLIT_BLOCKS = 16  # blocks of rows whose sum over the sinks' gradients one program makes
 
@@ -624,17 +686,19 @@ def _implementation(triton_kernel, reference):
 def _shared_arguments(part, slopes, scale):
     """(positions, constants) that the three kernels take for one _Part."""
     q, k = part.q, part.k
-    acc, H = torch.promote_types(q.dtype, torch.float32), q.shape[2]
-    positions = q.shape[1], k.shape[1], part.offset, part.back or 0, part.distance
-    return positions, dict(H=H, GROUP=H // k.shape[2], D=q.shape[3], CAUSAL=part.causal, WINDOW=part.back is not None,
+    acc, (Tq, Tk), H = torch.promote_types(q.dtype, torch.float32), (q.shape[1], k.shape[1]), q.shape[2]
+    back = -Tq if part.back is None else part.back  # where only one of window and segment is absent, it hides nothing
+    positions = Tq, Tk, part.offset, back, *(part.segment or (Tq + Tk, 0, 0, 0)), part.distance
+    window = part.back is not None or part.segment is not None
+    return positions, dict(H=H, GROUP=H // k.shape[2], D=q.shape[3], CAUSAL=part.causal, WINDOW=window,
                            ALIBI=slopes is not None, DOCS=part.k_docs is not None, SCALE=scale * LOG2E.value,
                            PRECISION=dot_precision(q.dtype), ACC=getattr(tl, str(acc)[6:]))
 
 
-def _attention_fwd(q, k, v, q_sink, k_sink, v_sink, alibi_slopes, q_docs, k_docs, scale, causal, window, q_start, k_start,
-                   out_dtype):
+def _attention_fwd(q, k, v, q_sink, k_sink, v_sink, alibi_slopes, q_docs, k_docs, scale, causal, window, segment, q_start,
+                   k_start, out_dtype):
     """-> out, and log2 of the softmax denominator (B, H, Tq)."""
-    main, *sinks = _parts(q, k, v, q_sink, k_sink, v_sink, k_docs, causal, window, q_start, k_start)
+    main, *sinks = _parts(q, k, v, q_sink, k_sink, v_sink, k_docs, causal, window, segment, q_start, k_start)
     B, Tq, H, D = q.shape
     out = torch.empty(B, Tq, H, D, dtype=out_dtype, device=q.device)
     lse = torch.empty(B, H, Tq, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
@@ -694,9 +758,9 @@ def _part_bwd(part, is_sinks, dout, dlse, out, lse, delta, dk, dv, alibi_slopes,
 
 
 def _attention_bwd(dout, dlse, q, k, v, q_sink, k_sink, v_sink, out, lse, alibi_slopes, q_docs, k_docs, scale, causal,
-                   window, q_start, k_start):
+                   window, segment, q_start, k_start):
     """-> [dq, dk, dv], and with sinks [..., dq_sink, dk_sink, dv_sink]."""
-    parts = _parts(q, k, v, q_sink, k_sink, v_sink, k_docs, causal, window, q_start, k_start)
+    parts = _parts(q, k, v, q_sink, k_sink, v_sink, k_docs, causal, window, segment, q_start, k_start)
     dout, dlse = _strided(dout), None if dlse is None else dlse.contiguous()
     delta, grads = torch.empty_like(lse), []
     for i, (part, k) in enumerate(zip(parts, (k, k_sink))):
@@ -718,15 +782,16 @@ def _attention_bwd(dout, dlse, q, k, v, q_sink, k_sink, v_sink, out, lse, alibi_
 
 register("attention_fwd",
          "(Tensor q, Tensor k, Tensor v, Tensor? q_sink, Tensor? k_sink, Tensor? v_sink, Tensor? alibi_slopes, "
-         "Tensor? q_docs, Tensor? k_docs, float scale, bool causal, SymInt? window, SymInt q_start, SymInt k_start, "
-         "ScalarType out_dtype, bool triton) -> (Tensor, Tensor)", _implementation(_attention_fwd, _attention_fwd_ref),
+         "Tensor? q_docs, Tensor? k_docs, float scale, bool causal, SymInt? window, SymInt? segment, SymInt q_start, "
+         "SymInt k_start, ScalarType out_dtype, bool triton) -> (Tensor, Tensor)",
+         _implementation(_attention_fwd, _attention_fwd_ref),
          lambda q, *rest: (
              q.new_empty(q.shape, dtype=rest[-2]),
              q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))))
 register("attention_bwd",
          "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? q_sink, Tensor? k_sink, Tensor? v_sink, "
          "Tensor out, Tensor lse, Tensor? alibi_slopes, Tensor? q_docs, Tensor? k_docs, float scale, bool causal, "
-         "SymInt? window, SymInt q_start, SymInt k_start, bool triton) -> Tensor[]",
+         "SymInt? window, SymInt? segment, SymInt q_start, SymInt k_start, bool triton) -> Tensor[]",
          _implementation(_attention_bwd, _attention_bwd_ref),
          lambda dout, dlse, q, k, v, q_sink, k_sink, v_sink, *_: [
              x.new_empty(x.shape) for x in (q, k, v, q_sink, k_sink, v_sink) if x is not None])
@@ -737,7 +802,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, q_sink, k_sink, v_sink, alibi_slopes, q_docs, k_docs, *options):
-        """options: scale, causal, window, q_start, k_start, out_dtype, triton."""
+        """options: scale, causal, window, segment, q_start, k_start, out_dtype, triton."""
         ctx.set_materialize_grads(False)
         inputs, rest = (q, k, v, q_sink, k_sink, v_sink), (alibi_slopes, q_docs, k_docs)
         out, lse = torch.ops.nanolong.attention_fwd(*inputs, *rest, *options)
@@ -748,16 +813,16 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse):
-        out = ctx.saved_tensors[6]
-        dout = torch.zeros_like(out) if dout is None else dout
-        grads = torch.ops.nanolong.attention_bwd(dout, dlse, *ctx.saved_tensors, *ctx.options)
-        return *grads, *(16 - len(grads)) * (None,)
+        saved = ctx.saved_tensors  # once: checkpoint unpacks no tensor twice
+        dout = torch.zeros_like(saved[6]) if dout is None else dout
+        grads = torch.ops.nanolong.attention_bwd(dout, dlse, *saved, *ctx.options)
+        return *grads, *(17 - len(grads)) * (None,)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # public functions
 
-def _validate(q, k, v, window, sinks, alibi_slopes, q_docs, k_docs):
+def _validate(q, k, v, window, sinks, segment, alibi_slopes, q_docs, k_docs):
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"attention: q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
                          "q must be (B, Tq, H, D), k and v (B, Tk, G, D)")
@@ -769,6 +834,8 @@ def _validate(q, k, v, window, sinks, alibi_slopes, q_docs, k_docs):
         raise ValueError(f"attention: head dim {q.shape[3]} is more than 256")
     if window is not None and window < 1:
         raise ValueError(f"attention: window is {window}, it must be at least 1: the query's own position counts")
+    if segment is not None and segment < 1:
+        raise ValueError(f"attention: segment is {segment}, it must be at least 1: the query's own position counts")
     if sinks is not None:
         if len(sinks) != 3:
             raise ValueError(f"attention: sinks are {len(sinks)} tensors, they must be three: q_sink, k_sink, v_sink")
@@ -792,8 +859,34 @@ def _validate(q, k, v, window, sinks, alibi_slopes, q_docs, k_docs):
                          f"{tuple(q.shape[:2])} and {tuple(k.shape[:2])}")
 
 
-def attention(q, k, v, *, scale=None, causal=True, window=None, sinks=None, alibi_slopes=None, q_docs=None, k_docs=None,
-              q_start=0, k_start=0, out_dtype=None, return_lse=False):
+def _segments_apart(q, k, v, segment, q_start, k_start, **options):
+    """
+    Segmented attention as unsegmented calls: one for the rows up to the first border, one for all whole segments with
+    segments for batch entries, one for the last rows. None if a whole segment's keys are not all there.
+    """
+    (B, Tq, *_), Tk = q.shape, k.shape[1]
+    first = min(Tq, -q_start % segment)
+    last = first + (Tq - first) // segment * segment
+    ahead = q_start - k_start
+    if first < last and not 0 <= first + ahead <= last + ahead <= Tk:
+        return None
+    outs = []
+    for start, stop in ((0, first), (first, last), (last, Tq)):
+        if start == stop:
+            continue
+        border = (q_start + start) // segment * segment - k_start  # the first key of row `start`'s segment
+        keys = slice(min(Tk, max(0, border)), max(0, border + max(segment, (stop - start) // segment * segment)))
+        parts = q[:, start:stop], k[:, keys], v[:, keys]
+        if (start, stop) == (first, last):
+            parts = (x.reshape(-1, segment, *x.shape[2:]) for x in parts)
+            outs.append(attention(*parts, **options).reshape(B, stop - start, *q.shape[2:]))
+        else:
+            outs.append(attention(*parts, q_start=q_start + start, k_start=k_start + keys.start, **options))
+    return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+
+
+def attention(q, k, v, *, scale=None, causal=True, window=None, sinks=None, segment=None, alibi_slopes=None, q_docs=None,
+              k_docs=None, q_start=0, k_start=0, out_dtype=None, return_lse=False):
     """
     Softmax attention of q (B, Tq, H, D) over k, v (B, Tk, G, D), H a multiple of G, D <= 256, any strides with a
     contiguous last dim -> out (B, Tq, H, D) in `out_dtype` (default q's), and with return_lse also lse (B, H, Tq)
@@ -802,11 +895,12 @@ def attention(q, k, v, *, scale=None, causal=True, window=None, sinks=None, alib
 
     scale > 0 multiplies the scores, default 1/sqrt(D). Row t of q sits at position q_start + t, row t of k at k_start +
     t; causal: a query sees keys at its own position and before. window=W: the keys k_pos with q_pos - W < k_pos <=
-    q_pos, whatever `causal` says; time grows with Tq x W. q_docs (B, Tq), k_docs (B, Tk) int, ids below 2^31: a query sees
-    keys of its own document only.
+    q_pos, whatever `causal` says; time grows with Tq x W. segment=N: the keys with k_pos // N == q_pos // N (all of them
+    without `causal`); time grows with Tq x N. q_docs (B, Tq), k_docs (B, Tk) int, ids below 2^31: a query sees keys of
+    its own document only.
 
     sinks=(q_sink (B, Tq, H, D), k_sink, v_sink (B, S, G, D)): the text's first S tokens, seen from everywhere: q_sink
-    attends to k_sink[j] for j <= q_pos in the same softmax, whatever window and documents say, and keys of k at
+    attends to k_sink[j] for j <= q_pos in the same softmax, whatever window, segment and documents say, and keys of k at
     positions below S are left out (they are these). With RoPE, q_sink is the query rotated at min(q_pos, S + W - 1):
     then this equals StreamingLLM (arXiv 2309.17453) run token by token, with positions counted inside its cache.
     alibi_slopes (H,): slope_h * (q_pos - k_pos) is taken off the scaled scores (ALiBi, arXiv 2108.12409); for sink j
@@ -814,7 +908,7 @@ def attention(q, k, v, *, scale=None, causal=True, window=None, sinks=None, alib
 
     ValueError on sizes that do not fit. FlashAttention-2, Dao, arXiv 2307.08691.
     """
-    _validate(q, k, v, window, sinks, alibi_slopes, q_docs, k_docs)
+    _validate(q, k, v, window, sinks, segment, alibi_slopes, q_docs, k_docs)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if scale <= 0:
         raise ValueError(f"attention: scale is {scale}, it must be greater than 0")
@@ -828,16 +922,20 @@ def attention(q, k, v, *, scale=None, causal=True, window=None, sinks=None, alib
     if use_triton(q):
         docs = (x if x is None else x.contiguous().to(torch.int32) for x in (q_docs, k_docs))
         out, log2_sum = _Attention.apply(q, k, v, *sinks or 3 * (None,), alibi_slopes, *docs, scale, causal, window,
-                                         q_start, k_start, out_dtype, True)
+                                         segment, q_start, k_start, out_dtype, True)
         return (out, log2_sum * LN2.value) if return_lse else out
     Tq, Tk, offset = q.shape[1], k.shape[1], q_start - k_start
     all_seen = not causal and window is None or offset >= Tk - 1
     plain = sinks is None and alibi_slopes is None and (window is None or Tq + offset <= window)
     plain = plain and q_docs is None and not return_lse and out_dtype == q.dtype and Tq and Tk
-    if plain and (all_seen or offset == 0 and Tq == Tk):
+    if plain and segment is not None:
+        out = _segments_apart(q, k, v, segment, q_start, k_start, scale=scale, causal=causal)
+        if out is not None:
+            return out
+    elif plain and (all_seen or offset == 0 and Tq == Tk):
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale,
                                              is_causal=not all_seen, enable_gqa=q.shape[2] != k.shape[2])
         return out.transpose(1, 2)
-    out, lse = attention_ref(q, k, v, scale=scale, causal=causal, window=window, sinks=sinks, alibi_slopes=alibi_slopes,
-                             q_docs=q_docs, k_docs=k_docs, q_start=q_start, k_start=k_start)
+    out, lse = attention_ref(q, k, v, scale=scale, causal=causal, window=window, sinks=sinks, segment=segment,
+                             alibi_slopes=alibi_slopes, q_docs=q_docs, k_docs=k_docs, q_start=q_start, k_start=k_start)
     return (out.to(out_dtype), lse) if return_lse else out.to(out_dtype)

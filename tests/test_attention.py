@@ -13,8 +13,8 @@ from kernels.attention import _attention_bwd_ref, _attention_fwd_ref, _doc_range
 from kernels.merge import merge_attention_ref
 
 
-def every_score(q, k, v, scale=None, causal=True, window=None, sinks=None, alibi_slopes=None, q_docs=None, k_docs=None,
-                q_start=0, k_start=0):
+def every_score(q, k, v, scale=None, causal=True, window=None, sinks=None, segment=None, alibi_slopes=None, q_docs=None,
+                k_docs=None, q_start=0, k_start=0):
     """
     By the positions, one part of the definition at a time: what each query gives each key, the sinks first. Scores
     (B, H, Tq, S + Tk) in q's dtype, which of them count (B, 1, Tq, S + Tk), and the values (B, S + Tk, H, D).
@@ -27,6 +27,8 @@ def every_score(q, k, v, scale=None, causal=True, window=None, sinks=None, alibi
         seen = seen & (distance >= 0)
     if window is not None:
         seen = seen & (distance < window)
+    if segment is not None:
+        seen = seen & (q_pos.mT // segment == k_pos // segment)
     if q_docs is not None:
         seen = seen & (q_docs[:, None, :, None] == k_docs[:, None, None, :])
     k, v = (x.repeat_interleave(group, 2) for x in (k, v))
@@ -76,7 +78,10 @@ def same_maths(q, k, v, douts, sinks=None, **options):
 
 
 def draw_case(seed):
-    """Arguments of one random call: sizes, options, layout. Consecutive seeds have window, sinks and ALiBi in turn."""
+    """
+    Arguments of one random call: sizes, options, layout. Consecutive seeds have window, sinks and ALiBi in turn, segments
+    two of three.
+    """
     rng = random.Random(seed)
     B, G, group, D = rng.choice([1, 2]), rng.choice([1, 2]), rng.choice([1, 1, 2, 3]), rng.choice([8, 16, 24, 33, 64])
     Tq, Tk = rng.randint(8, 44), rng.randint(8, 44)  # a row with one key has a gradient of rounding errors only
@@ -105,6 +110,8 @@ def draw_case(seed):
         options["alibi_slopes"] = torch.rand(G * group) * 0.2
         if options["q_start"] > 10**6 and (options["k_start"] < 10**6 or S and "window" not in options):
             options["q_start"], options["k_start"] = 31, 7  # a score of -10^8 has no digits left for the keys' differences
+    if seed % 3:
+        options["segment"] = rng.choice([rng.randint(6, 15), rng.randint(6, 40), 16, 10**9 + 10, 2**40])
     return (B, Tq, Tk, S, G * group, G, D), options, layout
 
 
@@ -172,8 +179,8 @@ def test_gradcheck(triton_kernels):
     inputs = tensors((1, 18, 20, 3, 2, 1, 4), "contiguous", torch.float64)
     inputs = [x.requires_grad_() for x in inputs]
     docs = dict(q_docs=torch.tensor([[0] * 4 + [1] * 14]), k_docs=torch.tensor([[0] * 9 + [1] * 11]))
-    for n, options in ((3, dict(q_start=2)), (3, dict(causal=False, **docs)),
-                       (6, dict(window=7, q_start=2, alibi_slopes=torch.rand(2)))):
+    for n, options in ((3, dict(q_start=2)), (3, dict(causal=False, **docs)), (3, dict(causal=False, segment=7, q_start=2)),
+                       (6, dict(window=7, segment=9, q_start=2, alibi_slopes=torch.rand(2)))):
         def f(*x):
             first, more = with_sinks(x, options)
             return attention(*first, return_lse=True, **more)
@@ -247,6 +254,36 @@ def test_extreme_windows(window, S, q_start, k_start, Tq, Tk, alibi, backend, mo
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("N, q_start, k_start, Tq, Tk", [
+    (1, 5, 5, 20, 20), (16, 0, 0, 70, 70), (64, 0, 0, 150, 150),  # borders between the blocks
+    (19, 0, 0, 57, 57), (23, 46, 46, 60, 60), (40, 53, 40, 20, 33),  # whole segments; a part; the last rows of one
+    (24, 29, 24, 60, 65), (33, -40, -20, 60, 50), (9, 50, 45, 5, 20),  # from within a segment; some keys are not there
+    (12, 0, 70, 20, 20), (12, 10**12 + 3, 10**12 - 2, 30, 40), (10**12 + 9, 10**12, 10**12, 20, 25), (7, 10**12, 0, 9, 9)])
+def test_each_segment_is_a_call_of_its_own(N, q_start, k_start, Tq, Tk, causal, backend, monkeypatch):
+    """Outputs and gradients, with lse and without, of the rows of each segment and the keys of that segment alone."""
+    monkeypatch.setenv("NANOLONG_KERNELS", backend)
+    q, k, v = inputs = [x.requires_grad_() for x in tensors((1, Tq, Tk, 0, 2, 1, 8), "contiguous", torch.float64)]
+    dout, starts = torch.randn_like(q), (q_start, k_start)
+    alone = torch.zeros_like(q)
+    for number in {(q_start + i) // N for i in range(Tq)}:
+        rows, keys = ([i for i in range(T) if (start + i) // N == number] for T, start in ((Tq, q_start), (Tk, k_start)))
+        if keys:
+            positions = (start + x[0] for x, start in zip((rows, keys), starts))
+            alone = alone.index_copy(1, torch.tensor(rows), dense(
+                q[:, rows], k[:, keys], v[:, keys], causal=causal, **dict(zip(("q_start", "k_start"), positions)))[0])
+    expected = [alone, *torch.autograd.grad(alone, inputs, dout, materialize_grads=True)] if alone.requires_grad else [
+        torch.zeros_like(x) for x in (q, *inputs)]
+    for return_lse in (False, True) if backend == "reference" else (True,):  # without lse that is plain SDPA
+        with poisoned_empty():
+            out = attention(*inputs, segment=N, causal=causal, q_start=q_start, k_start=k_start, return_lse=return_lse)
+            out = out[0] if return_lse else out
+            actual = [out, *torch.autograd.grad(out, inputs, dout)]
+        for name, a, e in zip(("out", "dq", "dk", "dv"), actual, expected):
+            torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("wanted", range(6))
 def test_each_gradient_alone(wanted, backend, monkeypatch):
     monkeypatch.setenv("NANOLONG_KERNELS", backend)
@@ -303,6 +340,24 @@ def test_streaming_llm(position, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_other_segments_are_not_visited(causal, backend, monkeypatch):
+    """NaN in rows, keys and values of the other segments goes unnoticed: forward and backward, in the last and the first."""
+    monkeypatch.setenv("NANOLONG_KERNELS", backend)
+    N, T = 48, 144
+    inputs = tensors((1, T, T, 0, 2, 1, 8), "contiguous", torch.float64)
+    douts = torch.randn_like(inputs[0]), torch.randn(1, 2, T, dtype=torch.float64)
+    expected = run(attention, inputs, douts, segment=N, causal=causal, return_lse=True)
+    for nan, left in ((slice(0, 96), slice(96, 144)), (slice(48, 144), slice(0, 48))):
+        poisoned = [x.clone() for x in inputs]
+        for x in poisoned:
+            x[:, nan] = torch.nan
+        actual = run(attention, poisoned, douts, segment=N, causal=causal, return_lse=True)
+        for name in ("out", "dq", "dk", "dv"):
+            torch.testing.assert_close(actual[name][:, left], expected[name][:, left], rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_keys_out_of_the_window_are_not_visited(backend, monkeypatch):
     """NaN in keys and values that no row sees, and in rows for the gradients of keys they do not see, goes unnoticed."""
     monkeypatch.setenv("NANOLONG_KERNELS", backend)
@@ -329,7 +384,7 @@ def test_reference_work_grows_with_the_window():
     """Products over T = 4096 rows and W = 512 keys each, sinks included: at most 1.25 times those that count."""
     T, W, H, D = 4096, 512, 2, 16
     q, k, v = (torch.randn(1, T, H, D) for _ in range(3))
-    sinks, rest = (q, k[:, :4], v[:, :4]), (None, None, None, 0.25, True, W, 0, 0)
+    sinks, rest = (q, k[:, :4], v[:, :4]), (None, None, None, 0.25, True, W, None, 0, 0)
     with FlopCounterMode(display=False) as forward:
         out, lse = _attention_fwd_ref(q, k, v, *sinks, *rest, torch.float32)
     with FlopCounterMode(display=False) as backward:
@@ -337,18 +392,22 @@ def test_reference_work_grows_with_the_window():
     useful = 4 * H * D * T * (W + 4)
     assert useful < forward.get_total_flops() < 1.25 * useful
     assert backward.get_total_flops() < 1.25 * 2.5 * useful
+    with FlopCounterMode(display=False) as segments:  # half of a segment's scores count
+        _attention_fwd_ref(q, k, v, *6 * (None,), 0.25, True, None, W, 0, 0, torch.float32)
+    assert segments.get_total_flops() == 4 * H * D * T * W
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("segment", [None, 20])
 @pytest.mark.parametrize("return_lse", [False, True])
-def test_future_leak(backend, return_lse, monkeypatch):
+def test_future_leak(backend, return_lse, segment, monkeypatch):
     """Keys and values from t on are replaced by others: rows before t do not change by a bit."""
     monkeypatch.setenv("NANOLONG_KERNELS", backend)
     q, k, v = (torch.randn(2, 70, 2, 16) for _ in range(3))
-    first = attention(q, k, v, return_lse=return_lse)
+    first = attention(q, k, v, segment=segment, return_lse=return_lse)
     for t in (69, 33, 16, 1):  # each change keeps the keys before t
         k[:, t:], v[:, t:] = torch.randn_like(k[:, t:]) * 100, torch.randn_like(v[:, t:]) * 100
-        second = attention(q, k, v, return_lse=return_lse)
+        second = attention(q, k, v, segment=segment, return_lse=return_lse)
         for x, y in zip(first, second) if return_lse else [(first, second)]:
             x, y = (a if a.shape[1] == 70 else a.transpose(1, 2) for a in (x, y))
             assert torch.equal(x[:, :t], y[:, :t])
@@ -374,7 +433,8 @@ def test_reference_memory_is_bounded(options, dtype):
     q, k, v = (torch.randn(1, T, H, D, dtype=dtype) for _ in range(3))
     docs = dict.fromkeys(("q_docs", "k_docs"), torch.arange(T)[None] // 3000) if "docs" in options else {}
     sinks = (q, k[:, :4], v[:, :4]) if "window" in options else 3 * (None,)
-    rest = (None, docs.get("q_docs"), docs.get("k_docs"), 0.25, options.get("causal", True), options.get("window"), 0, 0)
+    rest = (None, docs.get("q_docs"), docs.get("k_docs"), 0.25, options.get("causal", True), options.get("window"), None, 0,
+            0)
     with LiveBytes() as live:
         out, lse = _attention_fwd_ref(q, k, v, *sinks, *rest, dtype)
         _attention_bwd_ref(out, lse, q, k, v, *sinks, out, lse, *rest)
@@ -477,8 +537,10 @@ def test_merge_2x(dtype, triton_kernels):
 def test_opcheck(triton_kernels):
     q, k, v = (torch.randn(1, t, h, 16, requires_grad=True) for t, h in ((20, 2), (24, 1), (24, 1)))
     docs = torch.zeros(1, 20, dtype=torch.int64), torch.zeros(1, 24, dtype=torch.int64)
-    for sinks, slopes, window in ((3 * (None,), None, None), ((q, k[:, :3], v[:, :3]), torch.rand(2), 9)):
-        inputs, rest = [x if x is None else x.detach() for x in (q, k, v, *sinks)], (slopes, *docs, 0.25, True, window, 4, 0)
+    for sinks, slopes, window, segment in (
+            (3 * (None,), None, None, None), ((q, k[:, :3], v[:, :3]), torch.rand(2), 9, 7)):
+        inputs = [x if x is None else x.detach() for x in (q, k, v, *sinks)]
+        rest = slopes, *docs, 0.25, True, window, segment, 4, 0
         out, lse = torch.ops.nanolong.attention_fwd(*inputs, *rest, torch.float32, True)
         torch.library.opcheck(torch.ops.nanolong.attention_fwd.default, (*inputs, *rest, torch.float32, True))
         torch.library.opcheck(torch.ops.nanolong.attention_bwd.default, (out, lse, *inputs, out, lse, *rest, True))
@@ -494,6 +556,7 @@ def test_compiles_whole(backend, monkeypatch):
 
     def f(q, k, v, start):
         out, lse = attention(q, k, v, q_start=start, return_lse=True)
+        out = out + attention(q, k, v, segment=6, q_start=start, k_start=start)
         return merge_attention(out, lse, *attention(q, k, v, window=5, sinks=(q, k[:, :3], v[:, :3]), q_start=start,
                                                     k_start=start, return_lse=True))[0]
 
@@ -517,6 +580,7 @@ def test_compiles_whole(backend, monkeypatch):
     (dict(q_docs=torch.zeros(1, 8, dtype=torch.int32), k_docs=torch.zeros(1, 9, dtype=torch.int32)),
      r"must be \(1, 8\) and \(1, 8\)"),
     (dict(window=0), "window is 0, it must be at least 1"),
+    (dict(segment=0), "segment is 0, it must be at least 1"),
     (dict(sinks=((1, 8, 4, 16), (1, 3, 4, 16), (1, 3, 4, 16))),
      r"\(1, 3, 4, 16\): they must be q_sink \(1, 8, 4, 16\) like q, k_sink and v_sink \(1, S, 2, 16\)"),
     (dict(sinks=((1, 7, 4, 16), (1, 3, 2, 16), (1, 3, 2, 16))), r"q_sink \(1, 8, 4, 16\) like q"),

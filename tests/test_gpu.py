@@ -53,6 +53,9 @@ ATTENTION_CASES = {
     "window, sinks": dict(Tq=T + 300, Tk=T + 300, H=4, G=2, window=130, S=4),
     "window, sinks, alibi": dict(Tq=T - 31, Tk=T + 77, H=4, G=1, q_start=108, window=201, S=20, alibi=True),
     "window, sinks, alibi, documents": dict(Tq=T + 5, Tk=T + 5, H=2, G=2, docs=True, window=77, S=3, alibi=True),
+    "segment": dict(Tq=T, Tk=T, H=2, G=1, segment=256),
+    "full segment, offset": dict(Tq=T - 31, Tk=T + 77, H=4, G=2, q_start=108, segment=177, causal=False),
+    "segment, window, sinks, alibi": dict(Tq=T + 5, Tk=T + 5, H=2, G=2, segment=300, window=130, S=4, alibi=True),
     "alibi": dict(Tq=T - 1, Tk=T - 1, H=2, G=2, alibi=True),
 }
 
