@@ -154,6 +154,35 @@ def window_cases():
                    name="window, sinks")
 
 
+def segment_cases():
+    """Causal attention inside segments, against SDPA with segments for batch entries and FlexAttention with a mask."""
+    def make(device, dtype, B, T, H, D, N):
+        return [*(randn(device, dtype, B, T, H, D) for _ in range(3)), torch.tensor(N)]
+
+    def by_segment(*backends):
+        def run(q, k, v, N):
+            return sdpa(*backends)(*(x.reshape(-1, int(N), *x.shape[2:]) for x in (q, k, v))).reshape(q.shape)
+        return run
+
+    def ref(q, *rest):  # in float32 on a GPU no scores are kept
+        return by_segment(SDPBackend.MATH if q.dtype == torch.float64 else SDPBackend.EFFICIENT_ATTENTION)(q, *rest)
+
+    def flex_segment(q, k, v, N):
+        T, N = q.shape[1], int(N)
+        mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i // N == j // N), None, None, T, T, device=q.device)
+        return inductor(flex_attention)(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
+
+    for H, D in ((32, 64), (16, 128)):
+        yield Case("attention", make, lambda q, k, v, N: attention(q, k, v, segment=int(N)), ref,
+                   by_segment(SDPBackend.FLASH_ATTENTION, SDPBackend.MATH),
+                   {"flash": by_segment(SDPBackend.FLASH_ATTENTION), "cudnn": by_segment(SDPBackend.CUDNN_ATTENTION),
+                    "flex": flex_segment},
+                   lambda which, element, B, T, H, D, N: 2 * B * H * T * N * D * (2.5 if which == "bwd" else 1), "TFLOP/s",
+                   tiny=dict(B=1, T=51, H=2, D=D, N=17), small=dict(B=1, T=1500, H=H, D=D, N=300),
+                   timed=[dict(B=1, T=T, H=H, D=D, N=2048) for T in (16384, 32768)], compiled=lambda arch: [],
+                   name="segment")
+
+
 def alibi_cases():
     """Causal attention with ALiBi, against every score written out and FlexAttention."""
     def make(device, dtype, B, T, H, D):
@@ -180,6 +209,7 @@ def alibi_cases():
 def attention_cases():
     """Attention: causal against every peer, and the variants that are compiled ahead of time."""
     yield from window_cases()
+    yield from segment_cases()
     yield from alibi_cases()
 
     def make(device, dtype, B, T, H, G, D):
