@@ -628,6 +628,7 @@ for _arch in (80, 89, 90, 100):  # float32 products without TF32 are scalar arit
     TILES[_arch, 4, 256] = dict(fwd=(16, 16, 4, 1), dq=(16, 16, 8, 2), dkdv=(16, 16, 8, 1))
 # What takes their place in calls with a window, sinks or ALiBi, which need more registers.
 RICH_TILES = {
+    (80, 2, 128): dict(fwd=(64, 64, 8, 2)),
     (89, 2, 128): dict(fwd=(64, 64, 8, 2)),
     (90, 2, 128): dict(fwd=(128, 64, 8, 2), dq=(128, 32, 8, 2)),
     (90, 2, 256): dict(fwd=(64, 16, 8, 2), dq=(64, 16, 8, 2)),
