@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from kernels.attention import _strided, attention
 from kernels.backend import arch, dot_precision, register, tl, triton, use_triton
 
-TINY = tl.constexpr(1.1754943508222875e-38)  # float32's smallest normal number: a smaller weight is an empty memory's
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # a smaller weight is that of an empty memory
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ def _sigma(x):
 def _retrieve(s, M, z):
     """s (..., n, D), M (..., D, D), z (..., D) -> s M / (s . z), 0 where z is 0."""
     weight = s @ z[..., None]
-    empty = weight < 1.1754943508222875e-38
+    empty = weight < torch.finfo(torch.float32).tiny
     return (s @ M / weight.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
 
 
@@ -40,12 +40,10 @@ def _ownership(docs, segment):
     docs (B, Tk) -> whose memory it is, as bools: carry (B, S), whole segment s ends in the document of the memory it
     found; writes (B, S N), the token is of the document its segment ends in; reads (B, Tk), of the memory's document.
     """
-    S = docs.shape[1] // segment
-    last = docs[:, segment - 1::segment]
-    owner = torch.cat([docs[:, :1], last], 1)
-    reads = docs == owner.repeat_interleave(segment, 1)[:, :docs.shape[1]]
-    writes = docs[:, :S * segment] == last.repeat_interleave(segment, 1)
-    return owner[:, 1:] == owner[:, :-1], writes, reads
+    owner = torch.cat([docs[:, :1], docs[:, segment - 1::segment]], 1)  # of the memory before each segment, and at the end
+    of_token = torch.arange(docs.shape[1], device=docs.device) // segment
+    whole = of_token[:docs.shape[1] // segment * segment]
+    return owner[:, 1:] == owner[:, :-1], docs[:, :len(whole)] == owner[:, whole + 1], docs == owner[:, of_token]
 
 
 def _segments(x, segment, G):
@@ -55,10 +53,25 @@ def _segments(x, segment, G):
     return x.reshape(T // segment, B, G, heads // G * segment, D)
 
 
+def _read_ref(q, Ms, zs, Tk, segment):
+    """A_mem of the last rows of Tk, q (B, Tq, H, D), from the memories before each segment (B, G, D, D), (B, G, D)."""
+    (B, Tq, H, D), G, first = q.shape, zs[0].shape[1], (Tk - q.shape[1]) // segment
+    if not Tq:
+        return q
+    before, behind, rows = Tk - Tq - first * segment, -Tk % segment, segment  # rows that ask nothing
+    if first == (Tk - 1) // segment:
+        before, behind, rows = 0, 0, Tq
+    sq = _sigma(_segments(F.pad(q, (0, 0, 0, 0, before, behind)), rows, G))
+    states = slice(first, first + len(sq))
+    read = _retrieve(sq, torch.stack(Ms[states]), torch.stack(zs[states]))
+    read = read.view(len(sq), B, G, H // G, rows, D).permute(1, 0, 4, 2, 3, 5).reshape(B, len(sq) * rows, H, D)
+    return read[:, before:before + Tq]
+
+
 def _memory_ref(q, k, v, local, beta, M, z, docs, segment, delta):
     """The meaning of the memory: q, k un-rotated, local = A_dot -> (out, M, z). A loop over segments, nothing Tq x Tk."""
     (B, Tq, H, D), (_, Tk, G, _), acc = q.shape, k.shape, M.dtype
-    S, first = Tk // segment, (Tk - Tq) // segment
+    S = Tk // segment
     sk, vs = (_segments(x[:, :S * segment].to(acc), segment, G) for x in (k, v))
     sk = skw = _sigma(sk)
     if docs is not None:
@@ -72,13 +85,9 @@ def _memory_ref(q, k, v, local, beta, M, z, docs, segment, delta):
         if delta:
             dM = dM - s_w.mT @ _retrieve(s_k, M, z)
         M, z = M + dM, z + dz
-        Ms.append(M), zs.append(z)
-    before = Tk - Tq - first * segment  # rows of the first segment that ask nothing
-    sq = _sigma(_segments(F.pad(q.to(acc), (0, 0, 0, 0, before, -Tk % segment)), segment, G))
-    states = slice(first, first + sq.shape[0])
-    read = _retrieve(sq, torch.stack(Ms[states]), torch.stack(zs[states])) if len(sq) else sq
-    read = read.view(len(sq), B, G, H // G, segment, D).permute(1, 0, 4, 2, 3, 5).reshape(B, -1, H, D)
-    read = read[:, before:before + Tq]
+        Ms.append(M)
+        zs.append(z)
+    read = _read_ref(q.to(acc), Ms, zs, Tk, segment)
     if docs is not None:
         read = read * reads[:, Tk - Tq:, None, None]
     gate = beta.to(acc).sigmoid()[:, None]
@@ -360,39 +369,28 @@ def _write_bwd_kernel(K, V, Z, DM, DSUM, F, WRITES, INVERSE, RHO, DK, DV, T, T_K
 # ----------------------------------------------------------------------------------------------------------------------
 # launchers
 
-# (bytes per element, BLOCK_D) -> kernel -> (BLOCK_M, BLOCK_K, num_warps, num_stages); the outer products' second is the
-# columns of a program, the scan's are columns and BLOCK_K.
-TILES = {
-    (2, 64): dict(outer=(64, 64, 4, 2), scan=(16, 32, 4, 2), read_fwd=(64, 32, 4, 2), read_bwd=(64, 32, 4, 2),
-                  delta_bwd=(64, 32, 4, 2), write_bwd=(64, 32, 4, 2)),
-    (2, 128): dict(outer=(64, 64, 8, 2), scan=(16, 32, 8, 2), read_fwd=(64, 32, 8, 2), read_bwd=(64, 32, 8, 2),
-                   delta_bwd=(64, 32, 8, 2), write_bwd=(64, 32, 8, 2)),
-    (2, 256): dict(outer=(32, 64, 8, 2), scan=(16, 32, 8, 2), read_fwd=(64, 32, 8, 2), read_bwd=(32, 32, 8, 2),
-                   delta_bwd=(32, 32, 8, 2), write_bwd=(32, 32, 8, 2)),
-    (4, 64): dict(outer=(32, 32, 8, 2), scan=(16, 32, 8, 2), read_fwd=(32, 32, 8, 2), read_bwd=(32, 32, 8, 2),
-                  delta_bwd=(32, 32, 8, 2), write_bwd=(32, 32, 8, 2)),
-    (4, 128): dict(outer=(16, 32, 8, 2), scan=(16, 16, 8, 2), read_fwd=(32, 16, 8, 2), read_bwd=(32, 16, 8, 2),
-                   delta_bwd=(32, 16, 8, 2), write_bwd=(32, 16, 8, 2)),
-    (4, 256): dict(outer=(16, 16, 8, 2), scan=(16, 16, 8, 2), read_fwd=(16, 16, 8, 2), read_bwd=(16, 16, 8, 2),
-                   delta_bwd=(16, 16, 8, 2), write_bwd=(16, 16, 8, 2)),
-}
-BLOCK_NAMES = {"outer": ("BLOCK_M", "BLOCK_V"), "scan": ("BLOCK_V", "BLOCK_K")}
+# ([architecture,] bytes per element, BLOCK_D) -> (BLOCK_M, BLOCK_K, num_warps): what compiles without spilling a register in
+# 16 bits on Triton 3.6 and 3.9. Not yet timed against others on a GPU.
+TILES = {(2, 64): (64, 32, 4), (2, 128): (64, 32, 8), (2, 256): (32, 16, 8), (89, 2, 128): (32, 32, 8),
+         (4, 64): (32, 16, 8), (4, 128): (16, 16, 8), (4, 256): (16, 16, 8)}
 
 
 def _options(kernel, x, dtype=None):
-    """The head dim of x (..., D), precision, accumulator and tile of a kernel on inputs of `dtype` (default: that of x)."""
-    dtype, block_d = dtype or x.dtype, max(16, triton.next_power_of_2(x.shape[-1]))
-    tile = (16, 32, 4, 1) if arch(x) == "cpu" else TILES[min(4, dtype.itemsize), max(64, block_d)][kernel]
+    """The head dim of x (B, T or G, heads or slots, D, ...), and precision, accumulator and tile for inputs of `dtype`."""
+    dtype, D = dtype or x.dtype, x.shape[3]
+    element, block_d = min(4, dtype.itemsize), max(16, triton.next_power_of_2(D))
+    key = element, max(64, block_d)
+    block_m, block_k, warps = (16, 32, 4) if arch(x) == "cpu" else TILES.get((arch(x), *key)) or TILES[key]
     precision = dot_precision(dtype)
-    if dtype.itemsize == 2 and arch(x) != "gfx":  # one side of each product is float32
+    if element == 2 and arch(x) != "gfx":  # one side of each product is float32
         precision = "tf32"
-    if kernel == "scan" and precision == "tf32":  # errors add up over the segments
+    if kernel == "scan" and precision == "tf32":  # its errors add up over the segments
         precision = "tf32x3"
-    blocks = dict(zip(BLOCK_NAMES.get(kernel, ("BLOCK_M", "BLOCK_K")), (min(n, block_d) for n in tile)))
-    if kernel != "scan":
-        blocks["BLOCK_M"] = tile[0]
-    return dict(D=x.shape[-1], PRECISION=precision, ACC=getattr(tl, str(torch.promote_types(dtype, torch.float32))[6:]),
-                BLOCK_D=block_d, num_warps=tile[2], num_stages=tile[3], **blocks)
+    blocks = {"outer": dict(BLOCK_M=block_m, BLOCK_V=min(2 * block_k, block_d)),
+              "scan": dict(BLOCK_V=16, BLOCK_K=min(block_k, block_d)),
+              "rows": dict(BLOCK_M=block_m, BLOCK_K=min(block_k, block_d))}[kernel]
+    return dict(D=D, PRECISION=precision, ACC=getattr(tl, str(torch.promote_types(dtype, torch.float32))[6:]),
+                BLOCK_D=block_d, num_warps=warps, num_stages=2, **blocks)
 
 
 def _outer(x, y, out, sums, segment, before, shift, z=None, w=None, c=None):
@@ -450,7 +448,7 @@ def _memory_fwd(q, k, v, local, beta, M, z, docs, segment, delta):
     _outer(k[:, :whole], v[:, :whole], Ms, zs, segment, 0, 1, w=writes)
     _scan(zs, None, carry, q.dtype)
     _scan(Ms, _projections(k[:, :whole], zs, writes, segment) if delta else None, carry, q.dtype)
-    options = _options("read_fwd", q)
+    options = _options("rows", q)
     first, per_segment, segments = _grid(Tq, Tk, segment, options["BLOCK_M"])
     if q.numel():
         _read_fwd_kernel[(B * H * segments * per_segment,)](
@@ -467,7 +465,7 @@ def _memory_bwd(dout, dM, dz, q, k, v, local, beta, Ms, zs, docs, segment, delta
     carry, writes, reads = _flags(docs, segment, Ms.dtype)
     dq, dlocal = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
     w, c = (torch.empty(B, H, Tq, **like) for _ in range(2))
-    options = _options("read_bwd", q)
+    options = _options("rows", q)
     first, per_segment, segments = _grid(Tq, Tk, segment, options["BLOCK_M"])
     dbeta = torch.empty(B, H, per_segment * segments, **like)
     if q.numel():
@@ -484,7 +482,7 @@ def _memory_bwd(dout, dM, dz, q, k, v, local, beta, Ms, zs, docs, segment, delta
         F_ = dMs[:, :, 1:] @ Ms[:, :, :-1].mT
         F_ = F_ + F_.mT
         inverse, rho = (torch.empty(B, G, whole, **like) for _ in range(2))
-        options = _options("delta_bwd", k)
+        options = _options("rows", k)
         per_segment = triton.cdiv(segment, options["BLOCK_M"])
         parts = torch.empty(B, G, S, per_segment, D, **like)
         if parts.numel():
@@ -494,7 +492,7 @@ def _memory_bwd(dout, dM, dz, q, k, v, local, beta, Ms, zs, docs, segment, delta
     _scan(dzs, None, carry, q.dtype, reverse=True)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     dk[:, whole:], dv[:, whole:] = 0, 0
-    options = _options("write_bwd", k)
+    options = _options("rows", k)
     per_segment = triton.cdiv(segment, options["BLOCK_M"])
     if k_whole.numel():
         _write_bwd_kernel[(B * G * S * per_segment,)](
@@ -592,15 +590,11 @@ def infini_attention(q, k, v, beta, *, q_rot, k_rot, segment, rule="delta", stat
     (B, Tq, H, D), (_, Tk, G, _), acc = q.shape, k.shape, torch.promote_types(q.dtype, torch.float32)
     M, z = (x.to(acc) for x in state) if state is not None else (q.new_zeros(B, G, *n, dtype=acc) for n in ((D, D), (D,)))
     docs = docs if Tk else None
-    places = (torch.arange(Tk, device=q.device) // segment).expand(B, Tk)
+    q_docs = k_docs = None
     if docs is not None:
-        places = docs * (Tk // segment + 1) + places
-    if docs is None and Tq == Tk and not Tk % segment:
-        split = (x.reshape(-1, segment, *x.shape[2:]) for x in (q_rot, k_rot, v))
-        local = attention(*split, scale=scale, alibi_slopes=alibi_slopes).reshape(q.shape)
-    else:
-        local = attention(q_rot, k_rot, v, scale=scale, alibi_slopes=alibi_slopes, q_start=Tk - Tq,
-                          q_docs=places[:, Tk - Tq:], k_docs=places)
+        q_docs, k_docs = docs[:, Tk - Tq:], docs
+    local = attention(q_rot, k_rot, v, segment=segment, q_start=Tk - Tq, scale=scale, alibi_slopes=alibi_slopes,
+                      q_docs=q_docs, k_docs=k_docs)
     memory = _Memory.apply if use_triton(q) else _memory_ref
     out, M, z = memory(q, k, v, local, beta, M, z, docs, segment, rule == "delta")
     return out, (M, z)
