@@ -69,10 +69,23 @@ def test_every_key_fits_the_least_length(tokenizer):
     for depth in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"depth is .*: it must be in \[0, 1\]"):
             passkey(tokenizer, least, depth, np.random.default_rng(0))
-    tasks = PasskeySet(tokenizer)
+    tasks, least = PasskeySet(tokenizer), least_length(tokenizer, described=False)
     tasks.check_length(least - 1)
+    tasks.train_batch(least - 1, 3, 5, 0, 1, 50)
     with pytest.raises(ValueError, match=f"block_size is {least - 2}: .* {least} tokens .*--block-size {least - 1} at"):
         tasks.check_length(least - 2)
+
+
+def test_the_description_can_be_left_out():
+    """As in four of five tasks of a training; all else stays, and so does the length."""
+    tokenizer = load_tokenizer("byte")
+    with_, without = (passkey(tokenizer, 400, 0.3, np.random.default_rng(1), described) for described in (True, False))
+    text = tokenizer.decode(without.prompt).decode()
+    assert len(with_.prompt) == len(without.prompt) and "important" not in text and text.count("The pass key is") == 2
+    assert np.array_equal(without.prompt[without.needle], with_.prompt[with_.needle])
+    batch = PasskeySet(tokenizer).train_batch(300, 3, 5, 0, 1, 200)
+    described = sum("important info" in tokenizer.decode(x.tolist()).decode() for x in batch.x[0])
+    assert 20 < described < 65
 
 
 @pytest.mark.parametrize("answer_only", [True, False])

@@ -60,25 +60,27 @@ def _filler(tokenizer: Tokenizer, n: int) -> list[int]:
     return ids[len(ids) - n:]
 
 
-def least_length(tokenizer: Tokenizer) -> int:
+def least_length(tokenizer: Tokenizer, described: bool = True) -> int:
     """A length, prompt and answer together in tokens, that holds any key: 6 tokens for each of its three mentions."""
-    parts = _fixed(tokenizer, "10000")
-    return sum(map(len, parts)) + 3 * (6 - len(parts[-1]))
+    head, *parts = _fixed(tokenizer, "10000")
+    return len(head) * described + sum(map(len, parts)) + 3 * (6 - len(parts[-1]))
 
 
-def passkey(tokenizer: Tokenizer, length: int, depth: float, rng: np.random.Generator) -> Task:
+def passkey(tokenizer: Tokenizer, length: int, depth: float, rng: np.random.Generator, described: bool = True) -> Task:
     """
     A task whose prompt and answer together are exactly `length` tokens. depth in [0, 1] is where in the filler the
-    needle lies: 0 at its start, 0.5 in its middle, 1 at its end, just before the question. ValueError when `length` is
-    too short, naming the least, or `depth` is outside.
+    needle lies: 0 at its start, 0.5 in its middle, 1 at its end, just before the question. described=False leaves the
+    first line out, which says what the task is. ValueError when `length` is too short, naming the least, or `depth` is
+    outside.
     """
-    if length < (least := least_length(tokenizer)):
+    if length < (least := least_length(tokenizer, described)):
         raise ValueError(f"length is {length}: a passkey task takes {least} tokens at least with tokenizer "
                          f"{tokenizer.name}")
     if not 0 <= depth <= 1:
         raise ValueError(f"depth is {depth}: it must be in [0, 1], 0 for the start of the text, 1 for its end")
     key = str(rng.integers(10_000, 100_000))
     head, needle, question, answer = _fixed(tokenizer, key)
+    head = head if described else []
     n = length - sum(map(len, (head, needle, question, answer)))
     before = round(depth * n)
     at = len(head) + before
@@ -93,7 +95,8 @@ class PasskeySet:
     Passkey tasks without end, as train.py reads a data set: one task of block_size + 1 tokens per sequence, at a random
     depth. Nothing is stored: a task is made from the seed, the step and its index in the global batch. answer_only: the
     targets are the answer and the needle's second mention of the key, which teaches to copy it from nearby; every
-    other one is IGNORE. Else all tokens are targets.
+    other one is IGNORE. Else all tokens are targets. Four tasks of five, and all where it does not fit, are without the
+    description: so short sequences hold some filler, and a memory can be taught segment by segment.
     """
 
     def __init__(self, tokenizer: Tokenizer, answer_only: bool = True):
@@ -101,7 +104,7 @@ class PasskeySet:
 
     def check_length(self, block_size: int):
         """ValueError naming both numbers when a sequence holds no task."""
-        if block_size + 1 < (least := least_length(self.tokenizer)):
+        if block_size + 1 < (least := least_length(self.tokenizer, described=False)):
             raise ValueError(f"block_size is {block_size}: a passkey task takes {least} tokens with tokenizer "
                              f"{self.tokenizer.name}, use --block-size {least - 1} at least")
 
@@ -129,7 +132,8 @@ class PasskeySet:
             if sample is None:
                 continue
             rng = sample_rng(*sample)
-            task = passkey(self.tokenizer, T + 1, rng.random(), rng)
+            described = rng.random() < 0.2 and T + 1 >= least_length(self.tokenizer)
+            task = passkey(self.tokenizer, T + 1, rng.random(), rng, described)
             ids = np.concatenate([task.prompt, task.answer])
             wanted = np.full(T + 1, not self.answer_only)
             wanted[len(task.prompt):] = wanted[task.again] = True
