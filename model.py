@@ -765,7 +765,7 @@ class GPT(nn.Module):
         has seen every token but the last one yielded. temperature 0 takes the likeliest token; top_k, top_p and min_p
         (a fraction of the largest probability) cut the distribution in that order; tokens from vocab_size on (padding
         of the vocabulary) are never drawn. Draws come from `generator`, or a new one with `seed`. cuda_graphs: on a GPU,
-        when every layer is a window, each step but its output layer and draw is one replay of a captured graph.
+        when no layer grows, each step but its output layer and draw is one replay of a captured graph.
         """
         if prompt.dim() != 2 or prompt.shape[1] == 0:
             raise ValueError(f"generate: the prompt has shape {tuple(prompt.shape)}, it must be (B, T) with T at least 1")

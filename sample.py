@@ -74,7 +74,7 @@ class Options:
     load_state: str | None = None  # such a file: the stream goes on as if it had never ended, after --prompt if given
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of cuda, mps, cpu that is there
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on capable CUDA, else float32
-    cuda_graphs: bool = True  # each step is one CUDA graph, where that works: on CUDA, every layer a window
+    cuda_graphs: bool = True  # each step is one CUDA graph, where that works: on CUDA, no full attention
     echo: bool = True  # print the prompt before its continuation
     json: bool = False  # one JSON object on stdout at the end instead of a stream; needs --max-new-tokens
 
@@ -337,7 +337,8 @@ def peak_memory(device: torch.device) -> str:
 def about_state(model: GPT, state: State) -> str:
     """The state's size, and what of it grows with the text."""
     c, full = model.config, model.config.layer_kinds.count("full")
-    constant = f"constant (window {c.window} + {c.sinks} sinks)"
+    kinds = dict(window=f"window {c.window} + {c.sinks} sinks", infini=f"segment {c.segment} + memory")
+    constant = f"constant ({', '.join(words for kind, words in kinds.items() if kind in c.attention)})"
     grows = 2 * full * c.n_kv_head * c.head_dim * state.layers[0].k.itemsize  # bytes: a key and a value per layer
     rest = "" if full == c.n_layer else f" in {full} of {c.n_layer} layers, the others are {constant}"
     return f"{size(state.nbytes)}, {constant}" if not full else (
@@ -410,7 +411,7 @@ def main(argv: list[str] | None = None) -> int:
         seed, seed_why = (None, "the saved draws go on") if opt.seed is None else (seed, seed_why)
     ids = (s.pending or tokenizer.prefix) + ([] if prompt is None else tokenizer.encode(prompt)) or [tokenizer.eot]
     graphs = ("off (--no-cuda-graphs)" if not opt.cuda_graphs else "on" if model.can_graph(s.state) else
-              "off (they need CUDA and a window in every layer)")
+              "off (they need CUDA and a state that does not grow)")
     say(f"model: {name}, {model.num_params() / 1e6:.2f}M parameters, block_size {model.config.block_size}, "
         f"tokenizer {tokenizer.name}",
         place.reasons[0], f"dtype: {str(place.dtype)[6:]} (--dtype {opt.dtype})", f"cuda graphs: {graphs}",
