@@ -1,5 +1,5 @@
 """
-Infini-attention (Munkhdalai et al., arXiv 2404.07143): attention inside segments of N tokens and a memory of all before.
+Infini-attention (Munkhdalai et al., arXiv 2404.07143): attention inside segments, and a memory of all before.
 
     A_mem = sigma(q) M / (sigma(q) . z), 0 where the memory is empty,   sigma(x) = ELU(x) + 1 = exp(min(x, 0)) + max(x, 0)
     out = g A_mem + (1 - g) A_dot,   g = sigmoid(beta), one per query head
@@ -9,6 +9,15 @@ Infini-attention (Munkhdalai et al., arXiv 2404.07143): attention inside segment
 
 q (B, Tq, H, D), k and v (B, Tk, G, D), M (B, G, D, D) and z (B, G, D) in float32; head h reads the memory h // (H / G).
 A_dot is kernels.attention over rotated q and k; the memory takes them un-rotated.
+
+Parallel over segments. With U = sum sigma(k_j)^T v_j and, for the delta rule, P = sum sigma(k_j)^T sigma(k_j) / (sigma(k_j) . z)
+of each segment (0 for the linear one), M_(s+1) = (I - P_s) M_s + U_s: only this scan is sequential, over segments, not tokens.
+All M_s and z_s, D (D + 1) floats per kv head and segment, are kept for the backward pass. P is symmetric, so dM runs the same
+scan backwards: dM_s = (I - P_s) dM_(s+1) + sum_i sigma(q_i)^T g dout_i / (sigma(q_i) . z_s). Reads do not change with the
+scale of sigma, which gives the gradient through the denominators without reading again: with y = g dout M^T,
+    dsigma(q) = (y - (sigma(q) . y) / (sigma(q) . z) z) / (sigma(q) . z),   so for the delta rule's reads by k.
+No atomics: deterministic. Tokens' bytes, e per element: forward q, A_dot, out, v once, k once (delta: twice); backward q, A_dot,
+dout (twice), dq, dA_dot, k (delta: 4 times), v, dk, dv. 16-bit inputs multiply in TF32: one side is always float32.
 """
 
 import torch
@@ -581,7 +590,8 @@ def infini_attention(q, k, v, beta, *, q_rot, k_rot, segment, rule="delta", stat
     partial segment are attended to, not yet written.
 
     docs (B, Tk) int, ids below 2^31: attention and memory stay inside a document. Segments lie as without documents; after
-    each the memory is that of the document of its last token, for which an incoming state is the first key's.
+    each the memory is that of the document of its last token. An incoming state is that of the first key's document: pass an
+    empty one where a document begins with the call.
 
     Differentiable once in q, k, v, q_rot, k_rot, beta and the state, also through the returned one. ValueError on sizes
     that do not fit.

@@ -13,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close_2x
 from test_attention import dense, run, same_maths, tensors, with_sinks
+from test_memory import dense as dense_memory
+from test_memory import ours as infini
+from test_memory import run as run_memory
+from test_memory import tensors as memory_tensors
 from test_model import tiny
 from test_stream import fed_in
 from test_stream import tiny as streaming
@@ -99,6 +103,27 @@ def test_attention_past_2_31_elements():
     k.copy_(torch.randn(k.shape))
     q = torch.randn(2, 70, 2, 64).bfloat16()
     assert torch.equal(attention(q, k, k, causal=False), attention(q, k.contiguous(), k.contiguous(), causal=False))
+
+
+@on_gpu
+@pytest.mark.parametrize("D", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("options", [
+    dict(rule="delta", segment=256), dict(rule="linear", segment=77),
+    dict(rule="delta", segment=200, docs=torch.arange(T + 55).div(300, rounding_mode="floor").expand(2, -1))],
+    ids=["delta", "linear", "documents"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x)[6:])
+def test_infini_attention(dtype, options, D):
+    """Every output and gradient, the last 1000 rows of 1079 tokens; two runs are the same bit for bit."""
+    options = {name: x.cuda() if name == "docs" else x for name, x in options.items()}
+    state_dtype = torch.promote_types(dtype, torch.float32)
+    inputs = [x.to(d) for x, d in zip(memory_tensors(2, 1000, T + 55, 4, 2, D), 5 * [dtype] + 3 * [state_dtype])]
+    douts = [torch.randn(inputs[i].shape).to(dtype).double() for i in (0, -2, -1)]
+    actual, again = (run_memory(infini, inputs, douts, **options) for _ in range(2))
+    oracle = run_memory(dense_memory, [x.double() for x in inputs], douts, **options)
+    plain = run_memory(dense_memory, [x.to(dtype) for x in inputs], douts, **options)
+    for name, value in actual.items():
+        assert_close_2x(value, oracle[name], plain[name].to(value.dtype), name)
+        assert torch.equal(value, again[name]), f"{name}: two runs differ"
 
 
 @on_gpu

@@ -166,7 +166,7 @@ def test_definition(Tq, Tk, segment, rule, backend):
             torch.testing.assert_close(actual, e, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_draws(seed, backend):
     (sizes, options, layout, empty), dtype = draw_case(seed), (torch.float32, torch.float16)[seed % 2]
     torch.manual_seed(seed)
@@ -229,7 +229,7 @@ def test_order_and_repetition_of_the_past(backend):
 
 def test_constant_values(backend):
     """Every value the same: the memory returns it. With the delta rule after the first segment, where it has all of it."""
-    q, k, v, q_rot, k_rot, beta, M, z = tensors(2, 20, 20, 4, 2, 8, empty=True)
+    q, k, v, q_rot, k_rot, beta, M, z = tensors(1, 20, 20, 2, 1, 8, empty=True)
     v[:] = torch.randn(8, dtype=torch.float64)
     for rule, rows in (("linear", slice(5, 20)), ("delta", slice(5, 10))):
         out = ours(q, k, v, q_rot, k_rot, torch.full_like(beta, torch.inf), M, z, 5, rule)[0]
@@ -286,12 +286,13 @@ def test_packed_documents_equal_separate_runs(backend):
 def test_empty_memory(rule, backend):
     """No state, and keys whose sigma is 0 in float32: reads are 0, gradients are finite, and 0 where nothing is read."""
     q, k, v, q_rot, k_rot, beta, *_ = (x.float().requires_grad_() for x in tensors(1, 12, 12, 2, 1, 16))
+    options = dict(q_rot=q_rot, k_rot=k_rot, segment=5, rule=rule)
     for keys in (k, k * 0 - 200):
-        out, (M, z) = infini_attention(q, keys, v, torch.full_like(beta, torch.inf), q_rot=q_rot, k_rot=k_rot, segment=5, rule=rule)
+        out, (M, z) = infini_attention(q, keys, v, torch.full_like(beta, torch.inf), **options)
         assert (out[:, :5] == 0).all() and out.isfinite().all() and (keys is k or (out == 0).all() and (z == 0).all())
         for x in torch.autograd.grad((out * torch.randn_like(out)).sum() + M.sum() + z.sum(), (q, k, v, q_rot, k_rot)):
             assert x.isfinite().all()
-        dq, = torch.autograd.grad(infini_attention(q, keys, v, beta, q_rot=q_rot, k_rot=k_rot, segment=5, rule=rule)[0].sum(), q)
+        dq, = torch.autograd.grad(infini_attention(q, keys, v, beta, **options)[0].sum(), q)
         assert (dq[:, :5] == 0).all()
 
 
@@ -309,7 +310,8 @@ def test_a_million_tokens(rule):
         assert (out - 3).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1, 1), (0, 9, 9, 2, 1, 16), (1, 0, 5, 2, 1, 4), (2, 0, 0, 2, 2, 4), (1, 2, 3, 1, 1, 256)])
+@pytest.mark.parametrize("sizes", [
+    (1, 1, 1, 1, 1, 1), (0, 9, 9, 2, 1, 16), (1, 0, 5, 2, 1, 4), (2, 0, 0, 2, 2, 4), (1, 2, 3, 1, 1, 256)], ids=str)
 def test_extreme_sizes(sizes, backend):
     """One token or dim, empty tensors, queries in the last segment alone, the largest head; a segment of one token."""
     inputs = tensors(*sizes)
@@ -339,7 +341,8 @@ def test_mistakes():
     for wrong, message in (
             (dict(k=k[:, :, :1]), r"k \(2, 6, 1, 8\)"), (dict(k_rot=k_rot[:, 1:]), r"k_rot \(2, 5, 2, 8\)"),
             (dict(v=v.float()), "float32"), (dict(beta=beta[:2]), r"beta is \(2,\).*\(4,\)"), (dict(segment=0), "segment is 0"),
-            (dict(rule="Delta"), "'Delta'"), (dict(state=(M, z[:1])), r"z \(2, 2, 8\)"), (dict(docs=torch.zeros(2, 5).int()), r"\(2, 5\)"),
+            (dict(rule="Delta"), "'Delta'"), (dict(state=(M, z[:1])), r"z \(2, 2, 8\)"),
+            (dict(docs=torch.zeros(2, 5).int()), r"\(2, 5\)"),
             (dict(q=q[:, :, :3], q_rot=q_rot[:, :, :3]), "3 query heads are not a multiple of 2"),
             (dict(k=k[:, :4], v=v[:, :4], k_rot=k_rot[:, :4]), "6 queries are more than 4 keys")):
         with pytest.raises(ValueError, match=message):
