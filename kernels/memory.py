@@ -466,6 +466,17 @@ def _memory_fwd(q, k, v, local, beta, M, z, docs, segment, delta):
     return out, Ms, zs
 
 
+def _memory_read(q, local, beta, M, z):
+    """memory_read: one segment, whose memory is the only one."""
+    (B, T, H, D), G, q, options = q.shape, M.shape[1], _strided(q), _options("rows", q)
+    out, per_segment = torch.empty(q.shape, dtype=q.dtype, device=q.device), triton.cdiv(T, options["BLOCK_M"])
+    if q.numel():
+        _read_fwd_kernel[(B * H * per_segment,)](
+            q, local.contiguous(), beta, M.contiguous(), z.contiguous(), None, out, T, T, T, 0, per_segment, 1, 1,
+            *q.stride()[:3], H=H, GROUP=H // G, **options)
+    return out
+
+
 def _memory_bwd(dout, dM, dz, q, k, v, local, beta, Ms, zs, docs, segment, delta):
     """-> [dq, dk, dv, dlocal, dbeta, dM, dz], the last two of the state before the first key."""
     (B, Tq, H, D), (_, Tk, G, _) = q.shape, k.shape
@@ -522,6 +533,10 @@ register("memory_bwd",
          "(Tensor dout, Tensor dM, Tensor dz, Tensor q, Tensor k, Tensor v, Tensor local, Tensor beta, Tensor Ms, Tensor zs, "
          "Tensor? docs, SymInt segment, bool delta) -> Tensor[]", _memory_bwd,
          lambda dout, dM, dz, q, k, v, local, beta, *_: [x.new_empty(x.shape) for x in (q, k, v, q, beta, dM, dz)])
+
+
+register("memory_read", "(Tensor q, Tensor local, Tensor beta, Tensor M, Tensor z) -> Tensor", _memory_read,
+         lambda q, local, beta, M, z: q.new_empty(q.shape))
 
 
 class _Memory(torch.autograd.Function):
@@ -612,11 +627,19 @@ def infini_attention(q, k, v, beta, *, q_rot, k_rot, segment, rule="delta", stat
 
 def memory_read(q, local, beta, state):
     """
-    What infini_attention puts out for queries whose local attention is known: sigmoid(beta) A_mem + (1 - sigmoid(beta))
-    local, like q. q, local (B, T, H, D), q un-rotated; beta (H,); state (M, z) as there, of before the queries' segment.
+    What infini_attention puts out where the local attention is known, for decoding: sigmoid(beta) A_mem + (1 -
+    sigmoid(beta)) local, like q. q un-rotated and local (B, T, H, D), all in one segment; beta (H,); state (M, z) as
+    there, of before that segment. Inference only: ValueError where autograd would need its gradient, as for sizes.
     """
     (B, T, H, D), (M, z) = q.shape, state
-    G, acc = M.shape[1], M.dtype
-    read = _retrieve(_sigma(_segments(q.to(acc), T, G))[0], M, z).view(B, G, H // G, T, D).permute(0, 3, 1, 2, 4)
-    gate = beta.to(acc).sigmoid()[:, None]
-    return (gate * read.reshape(q.shape) + (1 - gate) * local.to(acc)).to(q.dtype)
+    G = M.shape[1]
+    if local.shape != q.shape or beta.shape != (H,) or M.shape != (B, G, D, D) or z.shape != (B, G, D) or H % G:
+        raise ValueError(f"memory_read: q is {tuple(q.shape)}, local {tuple(local.shape)}, beta {tuple(beta.shape)}, M "
+                         f"{tuple(M.shape)}, z {tuple(z.shape)}: they must be (B, T, H, D) twice, (H,), (B, G, D, D), (B, G, D)")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, local, beta, M, z)):
+        raise ValueError("memory_read has no backward pass, and one of its inputs requires grad: call it under "
+                         "torch.no_grad() or torch.inference_mode(), or use infini_attention")
+    if use_triton(q):
+        return torch.ops.nanolong.memory_read(q, local, beta, M, z)
+    none = q.new_empty(B, T, G, D)  # keys of a segment that is not full: nothing is written
+    return _memory_ref(q, none, none, local, beta, M, z, None, T + 1, False)[0]

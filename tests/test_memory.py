@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import LiveBytes, assert_close_2x, guarded, poisoned_empty
 
-from kernels import attention, infini_attention
+from kernels import attention, infini_attention, memory_read
 from kernels.memory import _Memory
 
 NAMES = "q", "k", "v", "q_rot", "k_rot", "beta", "M", "z"
@@ -255,6 +255,23 @@ def test_any_chunking(docs, rule, backend):
             kept = slice(t // N * N, t)
         torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-11, atol=1e-12)
         torch.testing.assert_close((M, z), tuple(end), rtol=1e-11, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("T", [1, 5])
+def test_reading_alone(T, backend):
+    """The last rows of a segment from their local attention and the memory before it, as a stream decodes."""
+    torch.manual_seed(0)
+    q, k, v, q_rot, k_rot = (torch.randn(2, 15, heads, 16, dtype=torch.float64) for heads in (4, 2, 2, 4, 2))
+    beta = torch.randn(4, dtype=torch.float64)
+    _, state = infini_attention(q[:, :8], k[:, :8], v[:, :8], beta, q_rot=q_rot[:, :8], k_rot=k_rot[:, :8], segment=8)
+    whole, _ = infini_attention(q, k, v, beta, q_rot=q_rot, k_rot=k_rot, segment=8)
+    local = attention(q_rot[:, -T:], k_rot[:, 8:], v[:, 8:], q_start=7 - T)
+    torch.testing.assert_close(memory_read(q[:, -T:], local, beta, state), whole[:, -T:], rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match=r"memory_read: q is \(2, 1, 4, 16\), local \(2, 15, 4, 16\)"):
+        memory_read(q[:, -1:], q, beta, state)
+    with torch.enable_grad(), pytest.raises(ValueError, match="memory_read has no backward pass"):
+        memory_read(q.requires_grad_(), q, beta, state)
 
 
 @pytest.mark.parametrize("rule", ["delta", "linear"])
