@@ -1,8 +1,8 @@
 """
 Every kernel against its peers, one table, checked before it is timed.
 
-    python -m kernels.bench [attention decode_attention merge_attention apply_sink_logit rope rms_norm swiglu
-                             linear_cross_entropy model]                                              # default: all
+    python -m kernels.bench [attention infini_attention decode_attention merge_attention apply_sink_logit rope rms_norm
+                             swiglu linear_cross_entropy model]                                       # default: all
 
 A kernel's output and gradients are compared with those of plain torch or SDPA, at a small shape and at each that is
 timed: what is wrong is marked WRONG, not timed, and the exit status is 1.
@@ -13,7 +13,8 @@ the table shows registers, spills, matrix and asynchronous-copy instructions, sh
 multiprocessor.
 `model` times training steps of model.py against the same model in plain torch, on any device.
 
-Only useful FLOPs count: causal attention 2 B H T^2 D forward, 2.5 times that backward; the loss 6 N C V.
+Only useful FLOPs count: causal attention 2 B H T^2 D forward, 2.5 times that backward (Infini-attention: in segments, and 2 B
+T D^2 (H + 2 G) for the memory, twice that backward); the loss 6 N C V.
 """
 
 import copy
@@ -43,13 +44,14 @@ from kernels.attention import TILES, attention
 from kernels.decode import TILES as DECODE_TILES
 from kernels.decode import decode_attention, decode_attention_ref
 from kernels.loss import linear_cross_entropy
+from kernels.memory import infini_attention
 from kernels.merge import apply_sink_logit, merge_attention
 from kernels.norm import rms_norm
 from kernels.rope import rope, rope_frequencies, rope_ref, rope_turns
 from kernels.swiglu import swiglu
 
-KernelName = Literal["attention", "decode_attention", "merge_attention", "apply_sink_logit", "rope", "rms_norm", "swiglu",
-                     "linear_cross_entropy", "model"]
+KernelName = Literal["attention", "infini_attention", "decode_attention", "merge_attention", "apply_sink_logit", "rope",
+                     "rms_norm", "swiglu", "linear_cross_entropy", "model"]
 KERNELS = get_args(KernelName)
 
 
@@ -311,6 +313,53 @@ def merge_cases():
                compiled=lambda arch: [(torch.float32, dict(B=1, T=64, H=4, D=D)) for D in (64, 128, 256)])
 
 
+def infini(q, k, v, q_rot, k_rot, beta, N, **options):
+    return infini_attention(q, k, v, beta, q_rot=q_rot, k_rot=k_rot, segment=int(N), **options)[0]
+
+
+def infini_torch(q, k, v, q_rot, k_rot, beta, N):
+    """The delta rule, whole segments only: SDPA with segments for batch entries, and a loop over them; M, z in float32."""
+    (B, T, H, D), G, N, acc = q.shape, k.shape[2], int(N), torch.promote_types(q.dtype, torch.float32)
+    q, k, v, q_rot, k_rot = (x.view(B, T // N, N, -1, D).permute(1, 0, 3, 2, 4) for x in (q, k, v, q_rot, k_rot))
+    local = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q_rot, k_rot, v)), is_causal=True, enable_gqa=H != G)
+    gate = beta.sigmoid()[:, None, None].to(q.dtype)
+    M, z = (torch.zeros(B, G, D, n, dtype=acc, device=q.device) for n in (D, 1))
+    outs = []
+    for s_q, s_k, s_v, s_local in zip(F.elu(q) + 1, F.elu(k) + 1, v, local.view(q.shape)):
+        rows, known = s_q.reshape(B, G, -1, D), 0
+        read = torch.zeros_like(rows)
+        if outs:  # the memory is not empty
+            low_M, low_z = M.to(q.dtype), z.to(q.dtype)
+            read, known = (x @ low_M / (x @ low_z) for x in (rows, s_k))
+        outs.append(gate * read.view(s_q.shape) + (1 - gate) * s_local)
+        M = M + (s_k.mT @ (s_v - known)).to(acc)
+        z = z + s_k.sum(-2, dtype=acc)[..., None]
+    return torch.cat(outs, 2).transpose(1, 2)
+
+
+def infini_cases():
+    """Infini-attention with the delta rule, against SDPA and a loop over segments."""
+    def make(device, dtype, B, T, H, G, D, N):
+        q, q_rot = (randn(device, dtype, B, T, H, D) for _ in range(2))
+        k, v, k_rot = (randn(device, dtype, B, T, G, D) for _ in range(3))
+        return [q, k, v, q_rot, k_rot, randn(device, torch.float32, H), torch.tensor(N)]
+
+    def work(which, element, B, T, H, G, D, N):
+        local, memory = 2 * B * H * T * N * D, 2 * B * T * D**2 * (H + 2 * G)
+        return local + memory if which == "fwd" else 2.5 * local + 2 * memory
+
+    def linear(q, *rest):
+        return infini(q, *rest, rule="linear", docs=torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device))
+
+    yield Case("infini_attention", make, infini, infini_torch, infini_torch,
+               {"torch": infini_torch, "compile": inductor(infini_torch)}, work, "TFLOP/s",
+               tiny=dict(B=1, T=40, H=4, G=2, D=40, N=10), small=dict(B=2, T=1000, H=4, G=2, D=128, N=200),
+               timed=[dict(B=1, T=32768, H=H, G=G, D=D, N=2048) for H, G, D in ((32, 8, 64), (16, 16, 128), (32, 8, 128))],
+               compiled=lambda arch: [(dtype, dict(B=1, T=256, H=2, G=1, D=D, N=64))
+                                      for dtype in (torch.bfloat16, torch.float32) for D in (64, 128)],
+               variants={"linear, documents": linear})
+
+
 def sink_logit_cases():
     """The learned sink logit, against plain torch."""
     def make(device, dtype, B, T, H, D):
@@ -400,9 +449,9 @@ def loss_cases():
                variants={"none": functools.partial(linear_cross_entropy, reduction="none")})
 
 
-CASES = dict(attention=attention_cases, decode_attention=decode_cases, merge_attention=merge_cases,
-             apply_sink_logit=sink_logit_cases, rope=rope_cases, rms_norm=rms_norm_cases, swiglu=swiglu_cases,
-             linear_cross_entropy=loss_cases)
+CASES = dict(attention=attention_cases, infini_attention=infini_cases, decode_attention=decode_cases,
+             merge_attention=merge_cases, apply_sink_logit=sink_logit_cases, rope=rope_cases, rms_norm=rms_norm_cases,
+             swiglu=swiglu_cases, linear_cross_entropy=loss_cases)
 
 
 def cases(kernels: tuple[str, ...]) -> list[Case]:

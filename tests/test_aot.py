@@ -75,7 +75,7 @@ class TestEveryKernel:
                 label = f"B1 T256 H2 G1 D{block_d} {'bfloat16' if element == 2 else 'float32'}{variant}"
                 assert names[label] == {f"_attention_{part}_kernel" for part in ("fwd", "dq", "dkdv")}, label
         assert {row["kernel"] for row in rows} == {
-            "attention", "decode_attention", "merge_attention", "apply_sink_logit", "rope", "rms_norm", "swiglu",
+            "attention", "infini_attention", "decode_attention", "merge_attention", "apply_sink_logit", "rope", "rms_norm", "swiglu",
             "linear_cross_entropy"}
 
     def test_nothing_spills(self, rows):  # scalar float32 products: ptxas trades a few bytes for occupancy
@@ -96,6 +96,14 @@ class TestEveryKernel:
             assert_all(half, lambda row: row["mma"] == 0 or " D256 " in row["label"] or row["constexprs"].get("SPLIT"))
         if arch != "gfx":
             assert_all(half, lambda row: row["cp_async"] > 0)
+
+    def test_memory_uses_the_matrix_and_copy_units(self, rows, arch):
+        half = [row for row in rows if row["kernel"] == "infini_attention" and "bfloat16" in row["label"]
+                and not row["name"].startswith("_attention")]
+        assert {row["name"] for row in half} == {
+            f"_{name}_kernel" for name in ("outer", "scan", "read_fwd", "read_bwd", "delta_bwd", "write_bwd")}
+        products = [row for row in half if row["name"] != "_scan_kernel" or row["shared"]]  # the other scans are elementwise
+        assert_all(products, lambda row: row["wgmma"] + row["mma"] > 0 and (row["cp_async"] > 0 or arch == "gfx"))
 
     def test_decoding_uses_the_matrix_and_copy_units(self, rows, arch):
         half = [row for row in rows if row["name"] == "_decode_kernel" and "bfloat16" in row["label"]]
