@@ -626,13 +626,15 @@ for _arch in (80, 89, 90, 100):  # float32 products without TF32 are scalar arit
     TILES[_arch, 4, 64] = dict(fwd=(32, 32, 8, 2), dq=(32, 32, 8, 2), dkdv=(32, 32, 8, 2))
     TILES[_arch, 4, 128] = dict(fwd=(16, 16, 4, 2), dq=(32, 16, 8, 2), dkdv=(16, 32, 8, 2))
     TILES[_arch, 4, 256] = dict(fwd=(16, 16, 4, 1), dq=(16, 16, 8, 2), dkdv=(16, 16, 8, 1))
-# What takes their place in calls with a window, sinks or ALiBi, which need more registers.
+# What takes their place in calls with a window, segments, sinks or ALiBi, which need more registers.
 RICH_TILES = {
     (80, 2, 128): dict(fwd=(64, 64, 8, 2)),
+    (80, 2, 256): dict(dkdv=(32, 32, 8, 2)),
     (89, 2, 128): dict(fwd=(64, 64, 8, 2)),
     (90, 2, 128): dict(fwd=(128, 64, 8, 2), dq=(128, 32, 8, 2)),
     (90, 2, 256): dict(fwd=(64, 16, 8, 2), dq=(64, 16, 8, 2)),
     (100, 2, 256): dict(fwd=(64, 32, 8, 2)),
+    (100, 4, 256): dict(fwd=(16, 16, 4, 2)),
     ("gfx", 2, 64): dict(fwd=(128, 64, 8, 2), dq=(64, 64, 4, 2)),
     ("gfx", 2, 256): dict(fwd=(32, 32, 8, 2)),
 }
@@ -750,8 +752,8 @@ def _part_bwd(part, is_sinks, dout, dlse, out, lse, delta, dk, dv, alibi_slopes,
         splits = triton.cdiv(Tq, split_rows)
         sums = [torch.empty(splits, *k.shape, dtype=lse.dtype, device=q.device) for _ in range(2)]
     _attention_dkdv_kernel[(triton.cdiv(Tk, options["BLOCK_N"]) * splits * B * G,)](
-        q, k, v, alibi_slopes, dout, lse, delta, *sums, q_docs, k_docs, lo, hi, *positions, part.cap, B, split_rows, *strides,
-        sums[0].stride(-4), SPLIT=is_sinks, **constants, **options)
+        q, k, v, alibi_slopes, dout, lse, delta, *sums, q_docs, k_docs, lo, hi, *positions, part.cap, B, split_rows,
+        *strides, sums[0].stride(-4), SPLIT=is_sinks, **constants, **options)
     if is_sinks:
         for x, partial in zip((dk, dv), sums):
             x.copy_(partial.sum(0))

@@ -54,7 +54,7 @@ def _decide(device_type: str, dtype: torch.dtype) -> bool:
     elif device_type == "cpu" and INTERPRET:
         use, why = True, "TRITON_INTERPRET=1"
     elif forced == "triton":
-        need = "pip install triton" if not HAVE_TRITON else "use a CUDA or ROCm device, or set TRITON_INTERPRET=1 for the CPU"
+        need = "use a CUDA or ROCm device, or set TRITON_INTERPRET=1 for the CPU" if HAVE_TRITON else "pip install triton"
         raise ValueError(f"NANOLONG_KERNELS=triton, but Triton cannot run on {device_type!r} here: {need}")
     elif device_type == "cuda":
         use, why = False, "TRITON_INTERPRET=1 is for CPU tensors" if INTERPRET else "Triton is not installed"

@@ -10,14 +10,16 @@ Infini-attention (Munkhdalai et al., arXiv 2404.07143): attention inside segment
 q (B, Tq, H, D), k and v (B, Tk, G, D), M (B, G, D, D) and z (B, G, D) in float32; head h reads the memory h // (H / G).
 A_dot is kernels.attention over rotated q and k; the memory takes them un-rotated.
 
-Parallel over segments. With U = sum sigma(k_j)^T v_j and, for the delta rule, P = sum sigma(k_j)^T sigma(k_j) / (sigma(k_j) . z)
-of each segment (0 for the linear one), M_(s+1) = (I - P_s) M_s + U_s: only this scan is sequential, over segments, not tokens.
-All M_s and z_s, D (D + 1) floats per kv head and segment, are kept for the backward pass. P is symmetric, so dM runs the same
-scan backwards: dM_s = (I - P_s) dM_(s+1) + sum_i sigma(q_i)^T g dout_i / (sigma(q_i) . z_s). Reads do not change with the
-scale of sigma, which gives the gradient through the denominators without reading again: with y = g dout M^T,
+Parallel over segments. With U = sum sigma(k_j)^T v_j and, for the delta rule, P = sum sigma(k_j)^T sigma(k_j) /
+(sigma(k_j) . z) of each segment (0 for the linear one), M_(s+1) = (I - P_s) M_s + U_s: only this scan is sequential,
+over segments, not tokens. All M_s and z_s, D (D + 1) floats per kv head and segment, are kept for the backward pass. P
+is symmetric, so dM runs the same scan backwards: dM_s = (I - P_s) dM_(s+1) + sum_i sigma(q_i)^T g dout_i / (sigma(q_i)
+. z_s). Reads do not change with the scale of sigma, which gives the gradient through the denominators without reading
+again: with y = g dout M^T,
     dsigma(q) = (y - (sigma(q) . y) / (sigma(q) . z) z) / (sigma(q) . z),   so for the delta rule's reads by k.
-No atomics: deterministic. Tokens' bytes, e per element: forward q, A_dot, out, v once, k once (delta: twice); backward q, A_dot,
-dout (twice), dq, dA_dot, k (delta: 4 times), v, dk, dv. 16-bit inputs multiply in TF32: one side is always float32.
+No atomics: deterministic. Tokens' bytes, e per element: forward q, A_dot, out, v once, k once (delta: twice); backward
+q, A_dot, dout (twice), dq, dA_dot, k (delta: 4 times), v, dk, dv. 16-bit inputs multiply in TF32: one side is always
+float32.
 """
 
 import torch
@@ -148,9 +150,9 @@ def _row_block(T_Q, T_K, N, first, per_segment, segments, HEADS: tl.constexpr, B
 
 
 @triton.jit(do_not_specialize=["T", "N", "before", "slots", "stride_wb", "stride_wh"])
-def _outer_kernel(X, Y, Z, W, C, OUT, SUMS, T, N, before, slots, stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh,
-                  stride_wb, stride_wh, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SHIFT: tl.constexpr,
-                  PROJECT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+def _outer_kernel(X, Y, Z, W, C, OUT, SUMS, T, N, before, slots, stride_xb, stride_xt, stride_xh, stride_yb, stride_yt,
+                  stride_yh, stride_wb, stride_wh, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+                  SHIFT: tl.constexpr, PROJECT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
     """
     For each kv head and segment, over its rows and query heads: OUT = sum sigma(x)^T (w y), SUMS = sum c sigma(x), c = w
@@ -426,8 +428,8 @@ def _scan(x, P, carry, dtype, reverse=False):
     (B, G, slots, D), cols = x.shape[:4], x.stride(3)
     options = _options("scan", x, dtype) | ({} if x.dim() == 5 else dict(BLOCK_V=1))
     if B * G * (slots - 1):
-        _scan_kernel[(B * G * triton.cdiv(cols, options["BLOCK_V"]),)](x, P, carry, slots - 1, G=G, COLS=cols, REVERSE=reverse,
-                                                                       **options)
+        _scan_kernel[(B * G * triton.cdiv(cols, options["BLOCK_V"]),)](
+            x, P, carry, slots - 1, G=G, COLS=cols, REVERSE=reverse, **options)
 
 
 def _grid(Tq, Tk, segment, block_m):
@@ -490,8 +492,8 @@ def _memory_bwd(dout, dM, dz, q, k, v, local, beta, Ms, zs, docs, segment, delta
     dbeta = torch.empty(B, H, per_segment * segments, **like)
     if q.numel():
         _read_bwd_kernel[(dbeta.numel(),)](
-            dout, q, local, beta, Ms, zs, reads, dq, dlocal, dbeta, w, c, Tq, Tk, segment, first, per_segment, segments, S + 1,
-            *dout.stride()[:3], *q.stride()[:3], H=H, GROUP=H // G, **options)
+            dout, q, local, beta, Ms, zs, reads, dq, dlocal, dbeta, w, c, Tq, Tk, segment, first, per_segment, segments,
+            S + 1, *dout.stride()[:3], *q.stride()[:3], H=H, GROUP=H // G, **options)
     dMs, dzs = torch.empty_like(Ms), torch.empty_like(zs)
     _outer(q, dout, dMs, dzs, segment, Tk - Tq, 0, w=w, c=c)
     dMs[:, :, -1] += dM
@@ -507,7 +509,8 @@ def _memory_bwd(dout, dM, dz, q, k, v, local, beta, Ms, zs, docs, segment, delta
         parts = torch.empty(B, G, S, per_segment, D, **like)
         if parts.numel():
             _delta_bwd_kernel[(parts.numel() // D,)](
-                k, zs, F_, writes, carry, inverse, rho, parts, whole, segment, per_segment, S, *k.stride()[:3], G=G, **options)
+                k, zs, F_, writes, carry, inverse, rho, parts, whole, segment, per_segment, S, *k.stride()[:3], G=G,
+                **options)
         dzs[:, :, :-1] += parts.sum(3)
     _scan(dzs, None, carry, q.dtype, reverse=True)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
@@ -530,8 +533,8 @@ register("memory_fwd",
          lambda q, k, v, local, beta, M, z, docs, segment, delta: (
              q.new_empty(q.shape), *(x.new_empty(*x.shape[:2], k.shape[1] // segment + 1, *x.shape[2:]) for x in (M, z))))
 register("memory_bwd",
-         "(Tensor dout, Tensor dM, Tensor dz, Tensor q, Tensor k, Tensor v, Tensor local, Tensor beta, Tensor Ms, Tensor zs, "
-         "Tensor? docs, SymInt segment, bool delta) -> Tensor[]", _memory_bwd,
+         "(Tensor dout, Tensor dM, Tensor dz, Tensor q, Tensor k, Tensor v, Tensor local, Tensor beta, Tensor Ms, "
+         "Tensor zs, Tensor? docs, SymInt segment, bool delta) -> Tensor[]", _memory_bwd,
          lambda dout, dM, dz, q, k, v, local, beta, *_: [x.new_empty(x.shape) for x in (q, k, v, q, beta, dM, dz)])
 
 
@@ -563,8 +566,8 @@ def _validate(q, k, v, beta, q_rot, k_rot, segment, rule, state, docs):
                          "q must be (B, Tq, H, D), k and v (B, Tk, G, D)")
     (B, Tq, H, D), (_, Tk, G, _) = q.shape, k.shape
     if q_rot.shape != q.shape or k_rot.shape != k.shape:
-        raise ValueError(f"infini_attention: q_rot is {tuple(q_rot.shape)} and k_rot {tuple(k_rot.shape)}, they must be like "
-                         f"q {tuple(q.shape)} and k {tuple(k.shape)}")
+        raise ValueError(f"infini_attention: q_rot is {tuple(q_rot.shape)} and k_rot {tuple(k_rot.shape)}, they must be "
+                         f"like q {tuple(q.shape)} and k {tuple(k.shape)}")
     if not q.dtype == k.dtype == v.dtype == q_rot.dtype == k_rot.dtype:
         raise ValueError("infini_attention: q, k, v, q_rot, k_rot are "
                          f"{', '.join(str(x.dtype) for x in (q, k, v, q_rot, k_rot))}: they must be equal")
@@ -635,7 +638,8 @@ def memory_read(q, local, beta, state):
     G = M.shape[1]
     if local.shape != q.shape or beta.shape != (H,) or M.shape != (B, G, D, D) or z.shape != (B, G, D) or H % G:
         raise ValueError(f"memory_read: q is {tuple(q.shape)}, local {tuple(local.shape)}, beta {tuple(beta.shape)}, M "
-                         f"{tuple(M.shape)}, z {tuple(z.shape)}: they must be (B, T, H, D) twice, (H,), (B, G, D, D), (B, G, D)")
+                         f"{tuple(M.shape)}, z {tuple(z.shape)}: they must be (B, T, H, D) twice, (H,), (B, G, D, D), "
+                         "(B, G, D)")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, local, beta, M, z)):
         raise ValueError("memory_read has no backward pass, and one of its inputs requires grad: call it under "
                          "torch.no_grad() or torch.inference_mode(), or use infini_attention")

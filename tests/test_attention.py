@@ -245,7 +245,8 @@ def test_extreme_windows(window, S, q_start, k_start, Tq, Tk, alibi, backend, mo
     monkeypatch.setenv("NANOLONG_KERNELS", backend)
     inputs = tensors((1, Tq, Tk, S, 2, 1, 8), "contiguous", torch.float64)
     douts = torch.randn_like(inputs[0]), torch.randn(1, 2, Tq, dtype=torch.float64)
-    options = dict(window=window, q_start=q_start, k_start=k_start, causal=False, alibi_slopes=torch.rand(2) if alibi else None)
+    options = dict(window=window, q_start=q_start, k_start=k_start, causal=False,
+                   alibi_slopes=torch.rand(2) if alibi else None)
     for some in (inputs, inputs[:3]):  # with and without sinks
         actual, oracle = (run(f, some, douts, **options, **more)
                           for f, more in ((attention, dict(return_lse=True)), (dense, {})))
@@ -298,7 +299,8 @@ def test_each_gradient_alone(wanted, backend, monkeypatch):
 def rotated(x, positions):
     """RoPE in complex numbers: x (B, T, H, D) float64, positions (T,)."""
     D = x.shape[-1]
-    turns = torch.polar(torch.ones(()).double(), positions[:, None, None] * 100.0 ** -(torch.arange(D // 2).double() / (D / 2)))
+    inv_freq = 100.0 ** -(torch.arange(D // 2).double() / (D / 2))
+    turns = torch.polar(torch.ones(()).double(), positions[:, None, None] * inv_freq)
     return torch.view_as_real(torch.complex(x[..., :D // 2], x[..., D // 2:]) * turns).mT.flatten(-2)
 
 

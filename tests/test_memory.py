@@ -1,4 +1,4 @@
-"""kernels/memory.py: the Triton kernels and the reference against dense formulas written here; Infini-attention's identities."""
+"""kernels/memory.py: the Triton kernels and the reference against dense formulas; Infini-attention's identities."""
 
 import random
 
@@ -95,12 +95,14 @@ def dense(q, k, v, q_rot, k_rot, beta, M, z, segment, rule, docs=None, scale=Non
     gate = beta.to(q.dtype).sigmoid()[:, None]
     end = alive[:, -1].to(q.dtype)
     held = sk * end[:, :-1, None, None]
-    return (gate * memory + (1 - gate) * local, torch.einsum("bjgd,bjge->bgde", held, written) + M * end[:, -1, None, None, None],
+    return (gate * memory + (1 - gate) * local,
+            torch.einsum("bjgd,bjge->bgde", held, written) + M * end[:, -1, None, None, None],
             held.sum(1) + z * end[:, -1, None, None])
 
 
 def ours(q, k, v, q_rot, k_rot, beta, M, z, segment, rule, **options):
-    out, (M, z) = infini_attention(q, k, v, beta, q_rot=q_rot, k_rot=k_rot, segment=segment, rule=rule, state=(M, z), **options)
+    out, (M, z) = infini_attention(q, k, v, beta, q_rot=q_rot, k_rot=k_rot, segment=segment, rule=rule, state=(M, z),
+                                   **options)
     return out, M, z
 
 
@@ -159,7 +161,9 @@ def backend(request, monkeypatch):
 def test_definition(Tq, Tk, segment, rule, backend):
     """Loops over single tokens, and the dense formula that the other tests use; two documents that end inside segments."""
     inputs = tensors(2, Tq, Tk, 4, 2, 6)
-    docs = torch.tensor([[3] * 7 + [0] * 2 + [2] * 11, [0] * 20])[:, :Tk] if Tk > 9 else torch.zeros(2, Tk, dtype=torch.int64)
+    docs = torch.zeros(2, Tk, dtype=torch.int64)
+    if Tk > 9:
+        docs = torch.tensor([[3] * 7 + [0] * 2 + [2] * 11, [0] * 20])[:, :Tk]
     expected = token_by_token(*inputs, segment, rule, docs)
     for f in (ours, dense):
         for actual, e in zip(f(*inputs, segment, rule, docs=docs), expected):
@@ -203,7 +207,8 @@ def test_closed_gate_is_local_attention(rule, backend):
     q, k, v, q_rot, k_rot, beta, M, z = tensors(1, 23, 23, 4, 2, 8)
     out = ours(q, k, v, q_rot, k_rot, torch.full_like(beta, -torch.inf), M, z, 7, rule)[0]
     for rows in torch.arange(23).split(7):
-        torch.testing.assert_close(out[:, rows], attention(q_rot[:, rows], k_rot[:, rows], v[:, rows]), rtol=1e-12, atol=1e-12)
+        local = attention(q_rot[:, rows], k_rot[:, rows], v[:, rows])
+        torch.testing.assert_close(out[:, rows], local, rtol=1e-12, atol=1e-12)
 
 
 def test_order_and_repetition_of_the_past(backend):
@@ -319,8 +324,8 @@ def test_a_million_tokens(rule):
     state, total, n = None, torch.zeros(1, 1, 8, dtype=torch.float64), 2**17
     for _ in range(8):
         q, k, v = (torch.randn(1, n, 1, 8).bfloat16() * size for size in (1, 10, 1))
-        out, state = infini_attention(q[:, -4:], k, v + 3, torch.tensor([torch.inf]), q_rot=q[:, -4:], k_rot=k, segment=2**11,
-                                      rule=rule, state=state)
+        out, state = infini_attention(q[:, -4:], k, v + 3, torch.tensor([torch.inf]), q_rot=q[:, -4:], k_rot=k,
+                                      segment=2**11, rule=rule, state=state)
         total += sigma(k.double()).sum(1)
     assert (state[1] - total).norm() < 1e-5 * total.norm() and state[0].isfinite().all()
     if rule == "linear":  # the mean of all values
@@ -357,8 +362,8 @@ def test_mistakes():
     right = dict(q=q, k=k, v=v, beta=beta, q_rot=q_rot, k_rot=k_rot, segment=4, state=(M, z))
     for wrong, message in (
             (dict(k=k[:, :, :1]), r"k \(2, 6, 1, 8\)"), (dict(k_rot=k_rot[:, 1:]), r"k_rot \(2, 5, 2, 8\)"),
-            (dict(v=v.float()), "float32"), (dict(beta=beta[:2]), r"beta is \(2,\).*\(4,\)"), (dict(segment=0), "segment is 0"),
-            (dict(rule="Delta"), "'Delta'"), (dict(state=(M, z[:1])), r"z \(2, 2, 8\)"),
+            (dict(v=v.float()), "float32"), (dict(beta=beta[:2]), r"beta is \(2,\).*\(4,\)"),
+            (dict(segment=0), "segment is 0"), (dict(rule="Delta"), "'Delta'"), (dict(state=(M, z[:1])), r"z \(2, 2, 8\)"),
             (dict(docs=torch.zeros(2, 5).int()), r"\(2, 5\)"),
             (dict(q=q[:, :, :3], q_rot=q_rot[:, :, :3]), "3 query heads are not a multiple of 2"),
             (dict(k=k[:, :4], v=v[:, :4], k_rot=k_rot[:, :4]), "6 queries are more than 4 keys")):
