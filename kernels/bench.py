@@ -13,8 +13,8 @@ the table shows registers, spills, matrix and asynchronous-copy instructions, sh
 multiprocessor.
 `model` times training steps of model.py against the same model in plain torch, on any device.
 
-Only useful FLOPs count: causal attention 2 B H T^2 D forward, 2.5 times that backward (Infini-attention: in segments, and 2 B
-T D^2 (H + 2 G) for the memory, twice that backward); the loss 6 N C V.
+Only useful FLOPs count: causal attention 2 B H T^2 D forward, 2.5 times that backward (Infini-attention: in segments, and 2
+B T D^2 (H + 2 G) for the memory, twice that backward); the loss 6 N C V.
 """
 
 import copy
@@ -136,7 +136,8 @@ def window_sdpa(q, k, v, window):
 
 def window_flex(q, k, v, window):
     window = int(window)
-    mask = create_block_mask(lambda b, h, i, j: window_mask(i, j, window), None, None, q.shape[1], q.shape[1], device=q.device)
+    mask = create_block_mask(lambda b, h, i, j: window_mask(i, j, window), None, None, q.shape[1], q.shape[1],
+                             device=q.device)
     return inductor(flex_attention)(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
 
 
@@ -203,8 +204,9 @@ def alibi_cases():
                                         block_mask=causal_blocks(q.shape[1], q.device)).transpose(1, 2)
 
     yield Case("attention", make, lambda q, k, v, slopes: attention(q, k, v, alibi_slopes=slopes), plain, plain,
-               {"flex": flex_alibi}, lambda which, element, B, T, H, D: 2 * B * H * T * T * D * (2.5 if which == "bwd" else 1),
-               "TFLOP/s", tiny=dict(B=1, T=50, H=2, D=64), small=dict(B=1, T=1500, H=32, D=64),
+               {"flex": flex_alibi},
+               lambda which, element, B, T, H, D: 2 * B * H * T * T * D * (2.5 if which == "bwd" else 1), "TFLOP/s",
+               tiny=dict(B=1, T=50, H=2, D=64), small=dict(B=1, T=1500, H=32, D=64),
                timed=[dict(B=1, T=4096, H=32, D=64)], compiled=lambda arch: [], name="ALiBi")
 
 
@@ -348,16 +350,16 @@ def infini_cases():
         local, memory = 2 * B * H * T * N * D, 2 * B * T * D**2 * (H + 2 * G)
         return local + memory if which == "fwd" else 2.5 * local + 2 * memory
 
-    def linear(q, *rest):
-        return infini(q, *rest, rule="linear", docs=torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device))
+    def documents(q, *rest, rule="delta"):
+        return infini(q, *rest, rule=rule, docs=torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device))
 
     yield Case("infini_attention", make, infini, infini_torch, infini_torch,
                {"torch": infini_torch, "compile": inductor(infini_torch)}, work, "TFLOP/s",
                tiny=dict(B=1, T=40, H=4, G=2, D=40, N=10), small=dict(B=2, T=1000, H=4, G=2, D=128, N=200),
                timed=[dict(B=1, T=32768, H=H, G=G, D=D, N=2048) for H, G, D in ((32, 8, 64), (16, 16, 128), (32, 8, 128))],
                compiled=lambda arch: [(dtype, dict(B=1, T=256, H=2, G=1, D=D, N=64))
-                                      for dtype in (torch.bfloat16, torch.float32) for D in (64, 128)],
-               variants={"linear, documents": linear})
+                                      for dtype in (torch.bfloat16, torch.float32) for D in (64, 128, 256)],
+               variants={"documents": documents, "linear, documents": functools.partial(documents, rule="linear")})
 
 
 def sink_logit_cases():

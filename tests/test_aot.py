@@ -1,6 +1,9 @@
 """
 Every kernel, at every entry of its tile table, compiled for GPUs that are not here: nothing spills, the matrix and copy
 units are used, it fits. The compiler needs kernels that are not interpreted, so it runs in processes of its own.
+
+By default: sm_80, 90 and 100, without the variants that ask less of a tile than another one (FEWER); float32, and
+Infini-attention without documents, on sm_90 only. With -m slow: all of bench.static_cases, also for sm_89 and gfx942.
 """
 
 import collections
@@ -21,12 +24,17 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "NANOLONG_KERNELS")}
-ARCHS = [80, 90, 100, pytest.param(89, marks=pytest.mark.slow), pytest.param("gfx", marks=pytest.mark.slow)]
-COMPILE = """
+ARCHS = [*(pytest.param(arch, False, id=str(arch)) for arch in (80, 90, 100)),
+         *(pytest.param(arch, True, id=f"{arch} whole", marks=pytest.mark.slow) for arch in aot.GPUS)]
+FEWER = (" full", " window, sinks", " linear, documents")  # "", "window, sinks, alibi", "documents" are in their place
+COMPILE = f"""
 import dataclasses, json, sys
 from kernels import aot, bench
-arch = json.loads(sys.argv[1])
+arch, whole = json.loads(sys.argv[1])
 for kernel, label, thunk in bench.static_cases(arch):
+    only_90 = "float32" in label and kernel != "merge_attention" or label.endswith("N64 bfloat16")
+    if not whole and (label.endswith({FEWER}) or only_90 and arch != 90):
+        continue
     with aot.compile_for(arch) as built:
         thunk()
     for row in built:
@@ -43,16 +51,17 @@ def _python(program, *args, cwd=ROOT):
 
 
 @functools.cache
-def _compilation(arch):
-    return _pool.submit(_python, COMPILE, json.dumps(arch))
+def _compilation(arch, whole):
+    return _pool.submit(_python, COMPILE, json.dumps([arch, whole]))
 
 
 @pytest.fixture
-def rows(arch):
-    """What aot.Kernel holds, as dicts, of every kernel that the launchers launch on `arch`."""
-    for first in (90, 100, 80):
-        _compilation(first)  # two at a time
-    return [json.loads(line[4:]) for line in _compilation(arch).result().splitlines() if line.startswith("ROW ")]
+def rows(arch, whole):
+    """What aot.Kernel holds, as dicts, of the kernels that the launchers launch on `arch`: all, or those of every run."""
+    for first in () if whole else (90, 100, 80):
+        _compilation(first, False)  # two at a time
+    lines = _compilation(arch, whole).result().splitlines()
+    return [json.loads(line[4:]) for line in lines if line.startswith("ROW ")]
 
 
 def assert_all(rows, condition):
@@ -62,21 +71,30 @@ def assert_all(rows, condition):
     assert not bad, "\n".join(bad)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("arch", "whole"), ARCHS)
 class TestEveryKernel:
-    def test_every_entry_of_the_tables_is_compiled(self, rows, arch):
-        entries = [key for key in TILES if key[0] == arch]
-        assert entries, f"no attention tiles for {arch}"
+    def test_every_entry_of_the_tables_is_compiled(self, rows, arch, whole):
         names = collections.defaultdict(set)
         for row in rows:
             names[row["label"]].add(row["name"])
-        for _, element, block_d in entries:
+        parts = {f"_attention_{part}_kernel" for part in ("fwd", "dq", "dkdv")}
+        memory = parts | {f"_{name}_kernel" for name in ("outer", "scan", "read_fwd", "read_bwd", "write_bwd")}
+        tables = {f"D{block_d} {'bfloat16' if element == 2 else 'float32'}" for key_arch, element, block_d in TILES
+                  if key_arch == arch and (whole or element == 2 or arch == 90)}
+        assert {f"D{block_d} bfloat16" for block_d in (64, 128, 256)} <= tables
+        for tile in tables:
             for variant in ("", " full", " docs, lse", " window, sinks", " window, sinks, alibi"):
-                label = f"B1 T256 H2 G1 D{block_d} {'bfloat16' if element == 2 else 'float32'}{variant}"
-                assert names[label] == {f"_attention_{part}_kernel" for part in ("fwd", "dq", "dkdv")}, label
+                if whole or variant not in FEWER:
+                    assert names[f"B1 T256 H2 G1 {tile}{variant}"] == parts, (tile, variant)
+            head_dim, dtype = tile.split()
+            for variant in ("", " documents", " linear, documents"):
+                if whole or variant not in FEWER and (variant or arch == 90):
+                    expected = memory | (set() if "linear" in variant else {"_delta_bwd_kernel"})
+                    assert names[f"B1 T256 H2 G1 {head_dim} N64 {dtype}{variant}"] == expected, (tile, variant)
+            assert names[f"B1 N512 H8 G2 {tile}"] >= {"_decode_kernel"}, tile
         assert {row["kernel"] for row in rows} == {
-            "attention", "infini_attention", "decode_attention", "merge_attention", "apply_sink_logit", "rope", "rms_norm", "swiglu",
-            "linear_cross_entropy"}
+            "attention", "infini_attention", "decode_attention", "merge_attention", "apply_sink_logit", "rope", "rms_norm",
+            "swiglu", "linear_cross_entropy"}
 
     def test_nothing_spills(self, rows):  # scalar float32 products: ptxas trades a few bytes for occupancy
         assert_all(rows, lambda row: row["spill"] == 0 or "float32" in row["label"] and row["spill"] <= 16)
