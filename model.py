@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -86,8 +85,10 @@ class GPTConfig:
         if self.sinks < self.sink_tokens and "window" in self.attention:
             raise ValueError(f"sinks is {self.sinks}, sink_tokens {self.sink_tokens}: window layers would drop the learned "
                              f"ones; set sinks to {self.sink_tokens} or more")
-        if self.memory_norm is not None and not self.memory_norm > 0:
-            raise ValueError(f"memory_norm is {self.memory_norm}: it must be more than 0, or None")
+        if self.memory_norm is not None and not 0 < self.memory_norm < math.inf:
+            raise ValueError(f"memory_norm is {self.memory_norm}: it must be more than 0 and finite, or None")
+        if not math.isfinite(self.memory_beta):
+            raise ValueError(f"memory_beta is {self.memory_beta}: it must be finite; -1000 shuts the gates for good")
         if "infini" in self.attention and (self.sink_logit or self.sink_tokens):
             name = "sink_logit" if self.sink_logit else "sink_tokens"
             raise ValueError(f"{name} {getattr(self, name)} with attention {self.attention!r}: infini layers have a memory "
@@ -191,8 +192,11 @@ class KVCache:
             self.k, self.v = (self._grown(x, start, max(64, 2 * start, end)) for x in (self.k, self.v))
         self.k[:, start:end], self.v[:, start:end] = k.detach(), v.detach()
 
-    def commit(self, end):
-        """Nothing to do: what lies past the state's position is not seen."""
+    def prepare(self, end):
+        """Nothing to do, nor at `commit`: what lies past the state's position is not seen."""
+
+    def commit(self):
+        pass
 
     def write_one(self, k, v, slot):
         """k, v (B, 1, G, D) of one token -> the keys and values that it sees, itself included."""
@@ -243,10 +247,14 @@ class WindowCache:
         slots = torch.where(tokens < S, tokens, S + (tokens - S) % W)
         self.held = slots, *(x.detach()[:, tokens - start].to(self.k.dtype) for x in (k, v))
 
-    def commit(self, end):
+    def prepare(self, end):
+        """Nothing to do: `commit` holds it all."""
+
+    def commit(self):
         if self.held is not None:
             slots, k, v = self.held
-            self.k[:, slots], self.v[:, slots], self.held = k, v, None
+            self.k[:, slots], self.v[:, slots] = k, v
+            self.held = None
 
     def write_one(self, k, v, slot):
         """slot (1,) int64, a tensor so that a CUDA graph can hold it -> the ring."""
@@ -318,17 +326,20 @@ class InfiniCache:
         self.v.index_copy_(1, slot, v.to(self.v.dtype))
         return self.k.to(k.dtype), self.v.to(k.dtype)
 
-    def commit(self, end):
-        """After the tokens before position `end`: what `write` held, or the fold of a segment that write_one filled."""
+    def prepare(self, end):
+        """Before `commit`, and seen by nobody yet: the fold of a segment that write_one filled, if `end` is a border."""
+        if self.held is None and end % self.segment == 0:
+            none = torch.arange(0, device=self.k.device)
+            memory = self.attn.fold(self.unrotated(end - self.segment, end), self.v, (self.M, self.z))
+            self.held = none, self.k[:, :0], self.v[:, :0], *memory
+
+    def commit(self):
         if self.held is not None:
             slots, k, v, M, z = self.held
-            self.k[:, slots], self.v[:, slots], self.held = k, v, None
-        elif end % self.segment == 0:
-            M, z = self.attn.fold(self.unrotated(end - self.segment, end), self.v, (self.M, self.z))
-        else:
-            return
-        self.M.copy_(M)
-        self.z.copy_(z)
+            self.k[:, slots], self.v[:, slots] = k, v
+            self.M.copy_(M)
+            self.z.copy_(z)
+            self.held = None
 
     def clear(self, rows):
         """The memory of the rows where `rows` (B,) bool holds is empty again: their next token begins a text."""
@@ -340,7 +351,7 @@ class InfiniCache:
 
 
 class CarriedMemory:
-    """An infini layer's memory between two segments of a training sequence: what Attention needs of a cache, with gradients."""
+    """An infini layer's memory between two segments of a training sequence: a cache's part for Attention, with gradients."""
 
     rotated = False
 
@@ -349,6 +360,13 @@ class CarriedMemory:
 
     def write(self, k, v, start, memory):
         self.M, self.z = memory
+
+
+class CarriedMemories:
+    """The CarriedMemory of each layer: a State's part for the blocks. memory: M, z of the first layer, of the next, ..."""
+
+    def __init__(self, memory):
+        self.layers = [CarriedMemory(*memory[i:i + 2]) for i in range(0, len(memory), 2)]
 
 
 class State:
@@ -374,9 +392,11 @@ class State:
         return sum(layer.nbytes for layer in self.layers)
 
     def advance(self, n: int):
-        """The next n tokens have been through every layer."""
+        """The next n tokens have been through every layer. What can fail comes first: a call cut short can be made again."""
         for layer in self.layers:
-            layer.commit(self.position + n)
+            layer.prepare(self.position + n)
+        for layer in self.layers:
+            layer.commit()
         self.position += n
 
     def save(self, path: str, extra: dict[str, torch.Tensor] | None = None):
@@ -518,7 +538,6 @@ class Attention(nn.Module):
             keys, values = (x[:, S:] if shift > 0 else x[:, :start + 1] for x in (keys, values))
         return attention(q, keys, values, causal=False, **options)
 
-
     def memory_inputs(self, q, k):
         """The un-rotated queries and keys (B, T, heads, D) as the memory takes them."""
         return (x if w is None else rms_norm(x, w, self.eps) for x, w in ((q, self.memory_q), (k, self.memory_k)))
@@ -639,17 +658,7 @@ class GPT(nn.Module):
 
     def hidden(self, idx, *, positions=None, docs=None, state=None):
         """idx (B, T) int64 -> the final normed activations (B, T, C). See forward."""
-        if state is not None and (positions is not None or docs is not None):
-            raise ValueError("a state keeps its own positions and holds one document: pass state, or positions and docs, "
-                             "not both")
-        if state is not None and state.batch_size != idx.shape[0]:
-            raise ValueError(f"the state is for {state.batch_size} sequences, idx has {idx.shape[0]}: make one by "
-                             f"new_state({idx.shape[0]})")
-        if docs is not None and "window" in self.config.attention and self.config.sinks > self.config.sink_tokens:
-            raise ValueError(f"docs with sinks {self.config.sinks} and sink_tokens {self.config.sink_tokens}: the sinks would be "
-                             f"the first document's tokens; set sinks to {self.config.sink_tokens}")
-        if positions is not None and self.config.position != "rope":
-            raise ValueError(f"positions are for rotary models, position is {self.config.position!r}: leave them away")
+        self._check(idx, positions, docs, state)
         start = 0 if state is None else state.position
         x, c = self.wte(idx), self.config
         n = c.sink_tokens if start == 0 else 0
@@ -670,6 +679,19 @@ class GPT(nn.Module):
         if state is not None:  # not before every layer is done: a call that was cut short can be made again
             state.advance(x.shape[1])
         return x[:, n:]
+
+    def _check(self, idx, positions, docs, state):
+        if state is not None and (positions is not None or docs is not None):
+            raise ValueError("a state keeps its own positions and holds one document: pass state, or positions and docs, "
+                             "not both")
+        if state is not None and state.batch_size != idx.shape[0]:
+            raise ValueError(f"the state is for {state.batch_size} sequences, idx has {idx.shape[0]}: make one by "
+                             f"new_state({idx.shape[0]})")
+        if docs is not None and "window" in self.config.attention and self.config.sinks > self.config.sink_tokens:
+            raise ValueError(f"docs with sinks {self.config.sinks} and sink_tokens {self.config.sink_tokens}: the sinks would be "
+                             f"the first document's tokens; set sinks to {self.config.sink_tokens}")
+        if positions is not None and self.config.position != "rope":
+            raise ValueError(f"positions are for rotary models, position is {self.config.position!r}: leave them away")
 
     def _blocks(self, x, positions, docs, state, start, whole=False):
         """The blocks and the last norm. start may be None when one token is decoded from un-rotated rings."""
@@ -713,6 +735,7 @@ class GPT(nn.Module):
         forward's loss, one segment after another, each recomputed in the backward pass: between two of them only the
         memories live, so that activations take the memory of one segment, however many there are.
         """
+        self._check(idx, positions, docs, state)
         N, start = self.config.segment, 0 if state is None else state.position
         if start % N or state is not None and idx.shape[1] % N:
             raise ValueError(f"activation_checkpointing with a state at position {start} and {idx.shape[1]} tokens: both must be "
@@ -725,23 +748,23 @@ class GPT(nn.Module):
         for at in range(0, idx.shape[1], N):
             part = [x if x is None else x[..., at:at + N] for x in (idx, targets, positions, docs)]
             if docs is not None and at:  # a document that begins here finds an empty memory
-                goes_on = (docs[:, at] == docs[:, at - 1]).to(memory[0].dtype)
-                memory = [x * goes_on.view(-1, *(x.dim() - 1) * [1]) for x in memory]
+                goes_on = docs[:, at] == docs[:, at - 1]
+                memory = [torch.where(goes_on.view(-1, *(x.dim() - 1) * [1]), x, 0.0) for x in memory]
             loss, *memory = checkpoint(self._segment_loss, *part, reduction, *memory, use_reentrant=False)
             losses.append(loss)
         for cache, M, z in zip(state.layers, memory[::2], memory[1::2]):
             cache.M.copy_(M.detach()), cache.z.copy_(z.detach())
+        state.position += idx.shape[1]
         if reduction == "none":
             return torch.cat(losses, 1)
         return sum(losses) / ((targets != -100).sum() if reduction == "mean" else 1)
 
     def _segment_loss(self, idx, targets, positions, docs, reduction, *memory):
         """One segment's loss, summed unless reduction is "none", and the memories after it; memory: M, z of each layer."""
-        layers = [CarriedMemory(*memory[i:i + 2]) for i in range(0, len(memory), 2)]
-        x = self.wte(idx)
-        x = self._blocks(x.to(self.compute_dtype or x.dtype), positions, docs, SimpleNamespace(layers=layers), 0)
+        state, x = CarriedMemories(memory), self.wte(idx)
+        x = self._blocks(x.to(self.compute_dtype or x.dtype), positions, docs, state, 0)
         loss = linear_cross_entropy(x, self.output_weight, targets, reduction="none" if reduction == "none" else "sum")
-        return loss, *(x for layer in layers for x in (layer.M, layer.z))
+        return loss, *(x for layer in state.layers for x in (layer.M, layer.z))
 
     def new_state(self, batch_size: int) -> State:
         """An empty state for `batch_size` sequences, on the model's device, in the dtype it computes in."""
@@ -914,11 +937,14 @@ class GPT(nn.Module):
             tensors["sink_embedding"] = torch.randn(c.sink_tokens, c.n_embd) * 0.02
         if c.sink_logit and not config.get("sink_logit"):  # far below any lse: nothing changes at first
             tensors |= {f"blocks.{i}.attn.sink_logit": torch.full((c.n_head,), -10.0) for i in range(c.n_layer)}
-        if "infini" in c.attention and "infini" not in config["attention"]:
-            for i in (i for i, kind in enumerate(c.layer_kinds) if kind == "infini"):
-                tensors[f"blocks.{i}.attn.beta"] = torch.full((c.n_head,), c.memory_beta)
-                if c.memory_norm is not None:
-                    tensors |= {f"blocks.{i}.attn.memory_{x}": torch.full((c.head_dim,), c.memory_norm) for x in "qk"}
+        for i, kind in enumerate(c.layer_kinds):
+            parts = {} if kind != "infini" else {"beta": torch.full((c.n_head,), c.memory_beta)}
+            if parts and c.memory_norm is not None:
+                parts |= {f"memory_{x}": torch.full((c.head_dim,), float(c.memory_norm)) for x in "qk"}
+            for part in ("beta", "memory_q", "memory_k"):  # a layer that is no longer infini, or no longer normed, has none
+                learned = tensors.pop(f"blocks.{i}.attn.{part}", None)
+                if part in parts:
+                    tensors[f"blocks.{i}.attn.{part}"] = parts[part] if learned is None else learned
         have, want = ({name: tuple(x.shape) for name, x in d.items()} for d in (tensors, model.state_dict()))
         wrong = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
         if wrong:

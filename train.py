@@ -75,7 +75,8 @@ class TrainConfig:
     vocab_multiple: int | None = None  # a new model's vocabulary is the tokenizer's, rounded up to this (default: 64)
     mask_documents: bool = False  # attention stays inside a document; without it batches span documents freely
     answer_only: Flag = None  # of data/passkey: only the key's second mention and the answer are learnt (default: yes)
-    carry_memory: bool = False  # infini: sequences read books on and on, and find the memory of the sequence before
+    # infini: sequences read books on and on, and find the memory of the one before; validation starts from empty ones
+    carry_memory: bool = False
     seed: int = 1  # of the initial weights and of the batches
 
     init_from: str | None = None  # start from these weights: a run or step_ folder, a Hugging Face folder or hub id
@@ -121,13 +122,13 @@ class TrainConfig:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of cuda, mps, cpu that is there
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations (auto: bfloat16 on CUDA that has it)
     compile: bool = field(default_factory=torch.cuda.is_available)  # torch.compile; on by default where CUDA is
-    # recompute blocks in the backward pass, or segments if all layers are infini: less memory, a third more time
+    # recompute blocks in the backward pass, or segments if all layers are infini: less memory, more time
     activation_checkpointing: bool = False
 
 
 FREE_ON_RESUME = {"name", "out", "resume", "log_every", "eval_every", "eval_tokens", "save_every", "keep", "wandb",
                   "init_from", "batch_size", "device", "compile", "activation_checkpointing"}  # batch_tokens counts
-MINIMUM = dict(max_steps=1, log_every=1, eval_every=0, eval_tokens=1, save_every=0, keep=1, vocab_multiple=1,
+MINIMUM = dict(max_steps=1, gate_lr=0, log_every=1, eval_every=0, eval_tokens=1, save_every=0, keep=1, vocab_multiple=1,
                batch_size=1, lr=0, warmup_steps=0, final_lr=0, wsd_decay=0, weight_decay=0, grad_clip=0)
 NEW_MODEL = dict(n_layer=4, n_head=4, n_embd=192, block_size=256)  # for the rest: GPTConfig
 
@@ -247,9 +248,13 @@ def choose_model(config: TrainConfig) -> tuple[TrainConfig, GPTConfig, Tokenizer
     if "window" not in base.get("attention", "full"):
         given.setdefault("window", max(1, sizes["block_size"] - sizes["sinks"]))
     if "infini" not in base.get("attention", "full"):
-        given.setdefault("segment", max(1, sizes["block_size"] // 16))  # fewer in a sequence, and the gates hardly move
+        given.setdefault("segment", max(1, sizes["block_size"] // 16))
     c = GPTConfig(**base | given)
     check_used(config, c)
+    for option in ("memory_beta", "memory_norm") if "infini" in base.get("attention", "full") else ():
+        if given.get(option, base[option]) != base[option]:
+            raise ValueError(f"{option} is {given[option]}, but {config.init_from} has learnt it, from {base[option]}: leave "
+                             f"{option} away")
     if tokenizer.vocab_size > c.vocab_size:
         raise ValueError(f"tokenizer {name} has {tokenizer.vocab_size} ids, {config.init_from} has a vocabulary of "
                          f"{c.vocab_size}: use the --tokenizer that it was trained with")
@@ -265,12 +270,16 @@ def check_used(config: TrainConfig, c: GPTConfig):
     window, infini, passkey = "window" in c.attention, "infini" in c.attention, is_passkey(config)
     model = f"attention {c.attention} with position {c.position}"
     for option, used, what in (("window", window, model), ("sinks", window, model), ("segment", infini, model),
-                               ("memory_rule", infini, model), ("memory_beta", infini, model), ("memory_norm", infini, model), ("gate_lr", infini, model),
+                               ("memory_rule", infini, model), ("memory_beta", infini, model), ("memory_norm", infini, model),
+                               ("gate_lr", infini, model),
                                ("rope_base", c.position == "rope", model), ("rope_fraction", c.position == "rope", model),
                                ("answer_only", passkey, f"data {config.data}")):
         if not used and getattr(config, option) is not None:
-            raise ValueError(f"{option} is {getattr(config, option)}, but {what} has no use for it: change that, or leave "
-                             f"{option} away")
+            raise ValueError(f"{option} is {getattr(config, option)}, but {what} has no use for it: change that, leave {option} "
+                             f"away, or give it as None where a config file sets it")
+    if infini and c.segment >= c.block_size:
+        raise ValueError(f"segment {c.segment} with block_size {c.block_size}: no sequence would read its memory; use --segment "
+                         f"{max(1, c.block_size // 16)}, 16 in a sequence, or --block-size {16 * c.segment}")
     if config.carry_memory:
         for wrong, why in ((set(c.layer_kinds) != {"infini"}, f"attention {c.attention}: every layer must be infini"),
                            (c.block_size % c.segment, f"block_size {c.block_size} and segment {c.segment}: sequences must be "
@@ -557,7 +566,8 @@ def draw_gates(run: Path, records: list[dict]):
     steps = np.array([record["step"] for record in records])
     gates = np.array([np.ravel(record["gates"]) for record in records])  # (steps, layers * heads)
     counts = np.stack([np.histogram(row, bins=40, range=(0, 1))[0] for row in gates], 1)
-    axes.imshow(counts, origin="lower", aspect="auto", extent=(steps[0], steps[-1] + 1, 0, 1), cmap="Greys", alpha=0.6)
+    edges = np.append(steps, 2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[-1] + 1)
+    axes.pcolormesh(edges, np.linspace(0, 1, 41), counts, cmap="Greys", alpha=0.6)
     lines = axes.plot(steps, gates, linewidth=0.8) if gates.shape[1] <= 32 else []
     heads = len(records[0]["gates"][0])
     for i, line in enumerate(lines[:12]):
@@ -738,8 +748,8 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
             with open(run / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(record) + "\n")
             if wandb_run is not None:
-                wandb_run.log(record | {f"gate/{i}.{h}": g for i, layer in enumerate(record.pop("gates", []))
-                                        for h, g in enumerate(layer)}, step=done)
+                gates = {f"gate/{i}.{h}": g for i, layer in enumerate(record.get("gates", [])) for h, g in enumerate(layer)}
+                wandb_run.log({key: x for key, x in record.items() if key != "gates"} | gates, step=done)
             if saving:
                 save_checkpoint(run, done, model, optimizer, config, progress, tokenizer, kept)
         lap = lap and (done, time.perf_counter())
@@ -786,6 +796,8 @@ def setup(args: list[str], memory: MemoryHandler) -> tuple:
         free = FREE_ON_RESUME | {"tokenizer"} | {f.name for f in fields(GPTConfig)}  # or compared already
         changed = [f"{key} {saved['config'].get(key)} -> {value}" for key, value in asdict(config).items()
                    if key not in free and saved["config"].get(key) != value]
+        if config.carry_memory and len(tensors.get("memory.0.M", ())) != batch_tokens // config.block_size:
+            changed.append("memories that start empty")
         changed += [f"{key} {saved['data'].get(key)} -> {value}" for key, value in data_identity(data).items()
                     if saved["data"].get(key, value) != value]
     model.compute_dtype = place.dtype if place.dtype != torch.float32 else None

@@ -1,7 +1,7 @@
 """
 Infini-attention for a laptop: a byte-level model of two novels, segments of 128 bytes, 16 to a sequence.
 
-    python train.py config/infini_tiny.py
+    python train.py config/infini_tiny.py --name infini_tiny
     python sample.py infini_tiny
 
 The quickstart's width with two heads of 64, since a memory holds as much as its head is wide. runs/<name>/gates.png shows
@@ -20,7 +20,7 @@ config = TrainConfig(
     block_size=2048,
     attention="infini",
     segment=128,
-    memory_norm=16.0,  # RMSNorm on what goes to the memory: sigma becomes sharp, see README
+    memory_norm=16.0,  # RMSNorm on what goes to the memory: sigma becomes sharp, see config/passkey_tiny.py
     gate_lr=10.0,
 
     batch_size=4,  # 8192 bytes a step

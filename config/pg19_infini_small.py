@@ -4,7 +4,7 @@ Infini-attention on PG-19 for one GPU: 8 layers of 512, segments of 512 tokens, 
     python data/pg19/prepare.py --tokenizer gpt2
     python train.py config/pg19_infini_small.py
 
-The proportions of config/pg19_infini.py at 1/10 of its weights. Sequences read each book on and on and find the memory of
+51.5M parameters where config/pg19_infini.py has 252.9M. Sequences read each book on and on and find the memory of
 the one before (carry_memory), so that reads are trained on far more than the 16 segments that the gradient goes
 through. This recipe has not been run by us: nothing in it is tuned.
 """

@@ -17,9 +17,10 @@ is symmetric, so dM runs the same scan backwards: dM_s = (I - P_s) dM_(s+1) + su
 . z_s). Reads do not change with the scale of sigma, which gives the gradient through the denominators without reading
 again: with y = g dout M^T,
     dsigma(q) = (y - (sigma(q) . y) / (sigma(q) . z) z) / (sigma(q) . z),   so for the delta rule's reads by k.
-No atomics: deterministic. Tokens' bytes, e per element: forward q, A_dot, out, v once, k once (delta: twice); backward
-q, A_dot, dout (twice), dq, dA_dot, k (delta: 4 times), v, dk, dv. 16-bit inputs multiply in TF32: one side is always
-float32.
+No atomics: deterministic. Tokens move at D 64, in times: forward q, A_dot, out, v 1, k 1 (delta: 3); backward q 2, A_dot
+1, dout 2, dq, dA_dot 1, k 2 (delta: 6), v, dk, dv 1; the sums over tokens read theirs again for each slice of a wider D
+(TILES), from L2 where they fit. States move too, D^2 floats per kv head and segment, several times: with segments
+much longer than D they are the smaller part. 16-bit inputs multiply in TF32: one side is always float32. A read whose weights sum to less than 1e-38 counts as one of an empty memory.
 """
 
 import torch
@@ -216,8 +217,10 @@ def _scan_kernel(X, P, CARRY, S, G: tl.constexpr, D: tl.constexpr, COLS: tl.cons
     d = tl.arange(0, BLOCK_D)
     X += (head * (S + 1) + (S if REVERSE else 0)) * D * COLS
     b_x = _load(X, d, v, 0, D, COLS, COLS)
+    step: tl.constexpr = (-1 if REVERSE else 1) * D * COLS
     for i in range(0, S):
         segment = S - 1 - i if REVERSE else i
+        b_u = _load(X + step, d, v, 0, D, COLS, COLS)  # known long before: under way while the product is computed
         if P is not None:
             tl.debug_barrier()  # the product reads what all threads of this program wrote
             b_px = tl.zeros((BLOCK_D, BLOCK_V), ACC)
@@ -228,8 +231,8 @@ def _scan_kernel(X, P, CARRY, S, G: tl.constexpr, D: tl.constexpr, COLS: tl.cons
             b_x -= b_px
         if CARRY is not None:
             b_x *= tl.load(CARRY + head // G * S + segment)
-        X += (-1 if REVERSE else 1) * D * COLS
-        b_x += _load(X, d, v, 0, D, COLS, COLS)
+        X += step
+        b_x += b_u
         _store(X, b_x, d, v, 0, D, COLS, COLS)
 
 
@@ -320,7 +323,7 @@ def _delta_bwd_kernel(K, Z, F, WRITES, CARRY, INVERSE, RHO, DZ, T, N, per_segmen
     for start in range(0, D, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         b_k = _sigma_kernel(_load(K, m, k, 0, hi, stride_kt, D), ACC)
-        b_f = _load(F + (at * segments + segment) * D * D, k, d, 0, D, D, D)
+        b_f = _load(F + (at * (segments + 1) + segment) * D * D, k, d, 0, D, D, D)
         b_kf = tl.dot(b_k, b_f, b_kf, input_precision=PRECISION, out_dtype=ACC)
     b_k = _sigma_kernel(_load(K, m, d, 0, hi, stride_kt, D), ACC)
     b_z = tl.load(Z + (at * (segments + 1) + segment) * D + d, d < D, 0.0)
@@ -366,7 +369,7 @@ def _write_bwd_kernel(K, V, Z, DM, DSUM, F, WRITES, INVERSE, RHO, DK, DV, T, T_K
         b_dv = tl.dot(b_k * b_w[:, None], _load(DM, k, d, 0, D, D, D), b_dv, input_precision=PRECISION, out_dtype=ACC)
         b_dk = tl.dot(b_v, tl.trans(_load(DM, d, k, 0, D, D, D)), b_dk, input_precision=PRECISION, out_dtype=ACC)
         if F is not None:
-            b_f = _load(F + (at * segments + segment) * D * D, k, d, 0, D, D, D)
+            b_f = _load(F + slot * D * D, k, d, 0, D, D, D)
             b_dk = tl.dot(b_k * -b_inverse[:, None], b_f, b_dk, input_precision=PRECISION, out_dtype=ACC)
     _store(DV + contiguous, b_dv, m, d, 0, hi, G * D, D)
     b_dk += b_w[:, None] * tl.load(DSUM + (slot + 1) * D + d, d < D, 0.0)[None, :]
@@ -396,7 +399,7 @@ def _options(kernel, x, dtype=None):
     if element == 2 and arch(x) != "gfx":  # one side of each product is float32
         precision = "tf32"
     if kernel == "scan" and precision == "tf32":  # its errors add up over the segments
-        precision = "tf32x3"
+        precision = "ieee" if arch(x) == "gfx" else "tf32x3"
     blocks = {"outer": dict(BLOCK_M=block_m, BLOCK_V=min(2 * block_k, block_d)),
               "scan": dict(BLOCK_V=16, BLOCK_K=min(block_k, block_d)),
               "rows": dict(BLOCK_M=block_m, BLOCK_K=min(block_k, block_d))}[kernel]
@@ -449,7 +452,7 @@ def _flags(docs, segment, dtype):
 def _memory_fwd(q, k, v, local, beta, M, z, docs, segment, delta):
     """-> out, and the memory before each whole segment and after the last: M (B, G, S + 1, D, D), z (B, G, S + 1, D)."""
     (B, Tq, H, D), (_, Tk, G, _) = q.shape, k.shape
-    q, k, v, local = _strided(q), _strided(k), _strided(v), local.contiguous()
+    q, k, v, local, beta = _strided(q), _strided(k), _strided(v), local.contiguous(), beta.contiguous()
     whole, slots = Tk // segment * segment, Tk // segment + 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     Ms = torch.empty(B, G, slots, D, D, dtype=M.dtype, device=q.device)
@@ -474,7 +477,7 @@ def _memory_read(q, local, beta, M, z):
     out, per_segment = torch.empty(q.shape, dtype=q.dtype, device=q.device), triton.cdiv(T, options["BLOCK_M"])
     if q.numel():
         _read_fwd_kernel[(B * H * per_segment,)](
-            q, local.contiguous(), beta, M.contiguous(), z.contiguous(), None, out, T, T, T, 0, per_segment, 1, 1,
+            q, local.contiguous(), beta.contiguous(), M.contiguous(), z.contiguous(), None, out, T, T, T, 0, per_segment, 1, 1,
             *q.stride()[:3], H=H, GROUP=H // G, **options)
     return out
 
@@ -482,7 +485,7 @@ def _memory_read(q, local, beta, M, z):
 def _memory_bwd(dout, dM, dz, q, k, v, local, beta, Ms, zs, docs, segment, delta):
     """-> [dq, dk, dv, dlocal, dbeta, dM, dz], the last two of the state before the first key."""
     (B, Tq, H, D), (_, Tk, G, _) = q.shape, k.shape
-    q, k, v, dout, local = *(_strided(x) for x in (q, k, v, dout)), local.contiguous()
+    q, k, v, dout, local, beta = *(_strided(x) for x in (q, k, v, dout)), local.contiguous(), beta.contiguous()
     S, whole, like = Tk // segment, Tk // segment * segment, dict(dtype=Ms.dtype, device=q.device)
     carry, writes, reads = _flags(docs, segment, Ms.dtype)
     dq, dlocal = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
@@ -501,7 +504,8 @@ def _memory_bwd(dout, dM, dz, q, k, v, local, beta, Ms, zs, docs, segment, delta
     k_whole, F_, inverse, rho = k[:, :whole], None, None, None
     _scan(dMs, _projections(k_whole, zs, writes, segment) if delta else None, carry, q.dtype, reverse=True)
     if delta:
-        F_ = dMs[:, :, 1:] @ Ms[:, :, :-1].mT
+        with torch.autocast(q.device.type, enabled=False):  # by slots, as views: those where a head ends are not read
+            F_ = dMs.flatten(0, 2)[1:] @ Ms.flatten(0, 2)[:-1].mT
         F_ = F_ + F_.mT
         inverse, rho = (torch.empty(B, G, whole, **like) for _ in range(2))
         options = _options("rows", k)
@@ -624,7 +628,8 @@ def infini_attention(q, k, v, beta, *, q_rot, k_rot, segment, rule="delta", stat
     local = attention(q_rot, k_rot, v, segment=segment, q_start=Tk - Tq, scale=scale, alibi_slopes=alibi_slopes,
                       q_docs=q_docs, k_docs=k_docs)
     memory = _Memory.apply if use_triton(q) else _memory_ref
-    out, M, z = memory(q, k, v, local, beta, M, z, docs, segment, rule == "delta")
+    with torch.autocast(q.device.type, enabled=False):  # the state is float32 there too
+        out, M, z = memory(q, k, v, local, beta, M, z, docs, segment, rule == "delta")
     return out, (M, z)
 
 
@@ -634,9 +639,10 @@ def memory_read(q, local, beta, state):
     sigmoid(beta)) local, like q. q un-rotated and local (B, T, H, D), all in one segment; beta (H,); state (M, z) as
     there, of before that segment. Inference only: ValueError where autograd would need its gradient, as for sizes.
     """
-    (B, T, H, D), (M, z) = q.shape, state
+    B, T, H, D = q.shape
+    M, z = (x.to(torch.promote_types(q.dtype, torch.float32)) for x in state)
     G = M.shape[1]
-    if local.shape != q.shape or beta.shape != (H,) or M.shape != (B, G, D, D) or z.shape != (B, G, D) or H % G:
+    if local.shape != q.shape or beta.shape != (H,) or M.shape != (B, G, D, D) or z.shape != (B, G, D) or H % G or D > 256:
         raise ValueError(f"memory_read: q is {tuple(q.shape)}, local {tuple(local.shape)}, beta {tuple(beta.shape)}, M "
                          f"{tuple(M.shape)}, z {tuple(z.shape)}: they must be (B, T, H, D) twice, (H,), (B, G, D, D), "
                          "(B, G, D)")

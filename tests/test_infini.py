@@ -172,9 +172,40 @@ def test_memory_carried_between_sequences():
         second.sum().backward()
         first.sum().backward()  # nothing that it needs has been overwritten
         state.layers[0].clear(torch.tensor([True, False]))
+        assert state.position == 24
         assert not state.layers[0].M[0].any() and state.layers[0].M[1].any() and not state.layers[0].z[0].any()
+    with pytest.raises(ValueError, match="pass state, or positions and docs, not both"):
+        model(idx, targets, state=model.new_state(2), docs=torch.zeros_like(idx))
     with pytest.raises(ValueError, match="state at position 0 and 20 tokens: both must be multiples of segment 8"):
         model(idx[:, :20], targets[:, :20], state=model.new_state(2))
+
+
+@torch.no_grad()
+def test_a_fold_cut_short_can_be_made_again():
+    """Whichever layer's fold fails, no memory has changed: the call made again gives what one pass gives."""
+    model, idx = tiny(), torch.randint(0, 61, (1, 20))
+    for layer in range(3):
+        state = model.new_state(1)
+        parts = [model(idx[:, :7], state=state)[0]]
+        model.blocks[layer].attn.fold = lambda *_: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            model(idx[:, 7:8], state=state)
+        del model.blocks[layer].attn.fold
+        parts += [model(part, state=state)[0] for part in idx[:, 7:].split(1, 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), model(idx)[0], rtol=1e-10, atol=1e-10)
+
+
+def test_a_segment_compiles_whole():
+    torch.compiler.reset()
+    model, (idx, targets) = tiny(torch.float32, memory_norm=2.0), torch.randint(0, 61, (2, 2, 40))
+    model.activation_checkpointing, results = True, []
+    for step in (model._segment_loss, torch.compile(model._segment_loss, fullgraph=True, backend="aot_eager")):
+        model._segment_loss = step
+        loss = model(idx, targets)[1]
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    torch.compiler.reset()
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_every_parameter_gets_its_gradient():
@@ -225,6 +256,12 @@ def test_a_pretrained_model_gets_a_memory(tmp_path):
     some = GPT.from_pretrained(str(tmp_path), attention="full,infini", memory_norm=4.0)
     assert some.blocks[0].attn.beta is None and some.blocks[1].attn.beta.tolist() == [0.0] * 4
     assert some.blocks[1].attn.memory_k.tolist() == [4.0] * 8
+    added.blocks[0].attn.beta.fill_(0.5)
+    added.save_pretrained(str(tmp_path))
+    other = GPT.from_pretrained(str(tmp_path), attention="infini,window", window=16, sinks=0, memory_norm=4.0)
+    assert [block.attn.beta is None for block in other.blocks] == [False, True, False]
+    assert other.blocks[0].attn.beta.tolist() == [0.5] * 4 and other.blocks[2].attn.memory_q.tolist() == [4.0] * 8
+    torch.testing.assert_close(GPT.from_pretrained(str(tmp_path), attention="full")(idx)[0], plain(idx)[0])
 
 
 @pytest.mark.parametrize("change, message", [

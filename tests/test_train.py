@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -329,6 +329,13 @@ def test_recomputing_segments_leaves_the_curve(infini, tmp_path):
         assert [v for v in segments[step] if v] == pytest.approx([v for v in blocks[step] if v], rel=1e-5), step
 
 
+def test_a_learnt_memory_does_not_start_anew(infini, tmp_path):
+    train.main([*infini, "--name=first", "--max-steps=1", "--memory-norm=4"])
+    for option, words in (("--memory-beta=-4", "memory_beta is -4.0"), ("--memory-norm=8", "memory_norm is 8.0")):
+        assert f"{words}, but {tmp_path}/first has learnt it, from" in fails(*infini, f"--init-from={tmp_path}/first", option)
+    train.main([*infini, "--name=second", "--max-steps=1", "--memory-norm=4", f"--init-from={tmp_path}/first"])
+
+
 def test_gates_are_logged_drawn_and_learn_at_their_own_rate(infini, tmp_path):
     for name, gate_lr in (("still", 0.0), ("fast", 50.0)):
         train.main([*infini, f"--name={name}", f"--gate-lr={gate_lr}", "--memory-beta=-1"])
@@ -355,6 +362,9 @@ def test_the_passkey_task(tiny, tmp_path, capsys):
     (["--memory-norm=2"], "memory_norm is 2.0, but attention full"), (["--gate-lr=2"], "gate_lr is 2.0, but attention"),
     (["--window=8"], "window is 8, but attention full"), (["--position=alibi", "--rope-base=5"], "rope_base is 5.0, but"),
     (["--answer-only"], "answer_only is True, but data "),
+    (["--attention=infini", "--segment=32"], "segment 32 with block_size 32: no sequence would read its memory; use --segment 2"),
+    (["--attention=infini", "--gate-lr=-1"], "gate_lr is -1.0: it must be at least 0"),
+    (["--attention=infini", "--memory-beta=nan"], "memory_beta is nan: it must be finite"),
     (["--carry-memory"], "carry_memory with attention full: every layer must be infini"),
     (["--carry-memory", "--attention=infini", "--segment=7"], "carry_memory with block_size 32 and segment 7: sequences"),
     (["--carry-memory", "--attention=infini", "--mask-documents"], "carry_memory with mask_documents"),
@@ -652,8 +662,10 @@ def test_config_file_gives_defaults_that_options_change(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
-def test_recipes_load_and_make_a_model(path):
+def test_recipes_load_and_make_a_model(path, llama):
     config = train.load_config(path) if "TrainConfig" in path.read_text() else pytest.skip("another script's recipe")
+    if config.init_from is not None:  # the hub's model may be out of reach: a small one of its family
+        config = replace(config, init_from=str(llama))
     config, wanted = train.choose_model(config)[:2]
     with torch.device("meta"):
         model = GPT(wanted)

@@ -93,7 +93,7 @@ def passkey(tokenizer: Tokenizer, length: int, depth: float, rng: np.random.Gene
 class PasskeySet:
     """
     Passkey tasks without end, as train.py reads a data set: one task of block_size + 1 tokens per sequence, at a random
-    depth. Nothing is stored: a task is made from the seed, the step and its index in the global batch. answer_only: the
+    depth, one of six at the very start and one at the very end: a long sequence would hardly ever show these. Nothing is stored: a task is made from the seed, the step and its index in the global batch. answer_only: the
     targets are the answer and the needle's second mention of the key, which teaches to copy it from nearby; every
     other one is IGNORE. Else all tokens are targets. Four tasks of five, and all where it does not fit, are without the
     description: so short sequences hold some filler, and a memory can be taught segment by segment.
@@ -133,7 +133,8 @@ class PasskeySet:
                 continue
             rng = sample_rng(*sample)
             described = rng.random() < 0.2 and T + 1 >= least_length(self.tokenizer)
-            task = passkey(self.tokenizer, T + 1, rng.random(), rng, described)
+            depth = min(1.0, max(0.0, rng.uniform(-0.25, 1.25)))
+            task = passkey(self.tokenizer, T + 1, depth, rng, described)
             ids = np.concatenate([task.prompt, task.answer])
             wanted = np.full(T + 1, not self.answer_only)
             wanted[len(task.prompt):] = wanted[task.again] = True
