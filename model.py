@@ -16,8 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import (apply_sink_logit, attention, decode_attention, infini_attention, linear_cross_entropy, memory_read, rms_norm,
-                     rope, rope_frequencies, rope_turns, swiglu)
+from kernels import (apply_sink_logit, attention, decode_attention, infini_attention, linear_cross_entropy, memory_read,
+                     rms_norm, rope, rope_frequencies, rope_turns, swiglu)
 from kernels.backend import use_triton
 
 
@@ -182,7 +182,7 @@ class KVCache:
         return self.k.nbytes + self.v.nbytes
 
     def past(self, start):
-        """-> keys and values (B, n, G, D) of the tokens before position `start` that later ones can see, the first's position."""
+        """-> keys, values (B, n, G, D) of the tokens before position `start` that later ones see, the first's position."""
         return self.k[:, :start], self.v[:, :start], 0
 
     def write(self, k, v, start):
@@ -897,7 +897,8 @@ class GPT(nn.Module):
         """
         decay = [p for name, p in self.named_parameters() if p.dim() == 2 and "embedding" not in name and "wte" not in name]
         decayed = {id(p) for p in decay}
-        gates = [p for block in self.blocks for p in (block.attn.beta, block.attn.memory_q, block.attn.memory_k) if p is not None]
+        gates = [p for block in self.blocks for p in (block.attn.beta, block.attn.memory_q, block.attn.memory_k)
+                 if p is not None]
         apart = decayed | {id(p) for p in gates}
         rest = [p for p in self.parameters() if id(p) not in apart]
         return [dict(name="matrices", params=decay, weight_decay=weight_decay, lr=lr),

@@ -158,8 +158,8 @@ def load(name: str, fields: dict) -> tuple[GPT, Tokenizer]:
         folder = find_folder(name)
         model = GPT.from_pretrained(str(folder), **fields)
         if "sinks" in fields and "window" not in model.config.attention:
-            raise ValueError(f"--sinks {fields['sinks']} belong to a window, its attention is {model.config.attention}: add --window "
-                             f"{max(1, model.config.block_size - fields['sinks'])}")
+            raise ValueError(f"--sinks {fields['sinks']} belong to a window, its attention is {model.config.attention}: add "
+                             f"--window {max(1, model.config.block_size - fields['sinks'])}")
         broken = [name for name, p in model.named_parameters() if not p.detach().sum().isfinite()]
         if broken:
             raise ValueError(f"{broken[0]} is not finite: its training diverged, take an earlier step")

@@ -341,7 +341,8 @@ def lr_factor(config: TrainConfig, step: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, validation: TokenFile | PasskeySet, token_nbytes: np.ndarray, config: TrainConfig, place: Place) -> dict:
+def evaluate(model: GPT, validation: TokenFile | PasskeySet, token_nbytes: np.ndarray, config: TrainConfig,
+             place: Place) -> dict:
     """Loss on the fixed validation tokens, summed over all ranks: nats per token and bits per byte of text."""
     nll, tokens, nbytes = 0.0, 0, 0
     args = config.block_size, config.batch_size, config.eval_tokens, place.rank, place.world

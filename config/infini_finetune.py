@@ -7,8 +7,9 @@ in a matrix per head.
     python train.py config/infini_finetune.py --init-from FOLDER_OR_HUB_ID ...     any Llama, Mistral or Qwen2
 
 Gates start at sigmoid(-4) = 0.018: the model is nearly what it was, inside a segment, and the gradient of beta still lives
-(at -100 it would be 0 exactly). They learn 100 times faster than the pretrained weights. 16 segments to a sequence. Sequences are longer than the model was trained at and need no scaling of its rotations: no
-distance in a segment is. This recipe has not been run by us: nothing in it is tuned.
+(at -100 it would be 0 exactly). They learn 100 times faster than the pretrained weights. 16 segments to a sequence:
+sequences are longer than the model was trained at and need no scaling of its rotations, as no distance in a segment is.
+This recipe has not been run by us: nothing in it is tuned.
 """
 
 from train import TrainConfig

@@ -19,8 +19,9 @@ again: with y = g dout M^T,
     dsigma(q) = (y - (sigma(q) . y) / (sigma(q) . z) z) / (sigma(q) . z),   so for the delta rule's reads by k.
 No atomics: deterministic. Tokens move at D 64, in times: forward q, A_dot, out, v 1, k 1 (delta: 3); backward q 2, A_dot
 1, dout 2, dq, dA_dot 1, k 2 (delta: 6), v, dk, dv 1; the sums over tokens read theirs again for each slice of a wider D
-(TILES), from L2 where they fit. States move too, D^2 floats per kv head and segment, several times: with segments
-much longer than D they are the smaller part. 16-bit inputs multiply in TF32: one side is always float32. A read whose weights sum to less than 1e-38 counts as one of an empty memory.
+(TILES), from L2 where they fit. States move too, D^2 floats per kv head and segment, several times: with segments much
+longer than D they are the smaller part. 16-bit inputs multiply in TF32: one side is always float32. A read whose weights
+sum to less than 1e-38 counts as one of an empty memory.
 """
 
 import torch
@@ -477,8 +478,8 @@ def _memory_read(q, local, beta, M, z):
     out, per_segment = torch.empty(q.shape, dtype=q.dtype, device=q.device), triton.cdiv(T, options["BLOCK_M"])
     if q.numel():
         _read_fwd_kernel[(B * H * per_segment,)](
-            q, local.contiguous(), beta.contiguous(), M.contiguous(), z.contiguous(), None, out, T, T, T, 0, per_segment, 1, 1,
-            *q.stride()[:3], H=H, GROUP=H // G, **options)
+            q, local.contiguous(), beta.contiguous(), M.contiguous(), z.contiguous(), None, out, T, T, T, 0, per_segment, 1,
+            1, *q.stride()[:3], H=H, GROUP=H // G, **options)
     return out
 
 

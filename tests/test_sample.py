@@ -376,7 +376,7 @@ def test_a_prompt_file_that_cannot_be_read():
     (["--model", "gone"], "cannot load gone: gone: no such folder"),
     (["--window", "61"], "sinks 4 + window 61 is more than block_size 64"),
     (["--window", "60", "--sinks", "5"], "sinks 5 + window 60 is more than block_size 64"),
-    (["--sinks", "2"], "--sinks 2 belong to a window, and its attention is full: add --window 62"),
+    (["--sinks", "2"], "--sinks 2 belong to a window, its attention is full: add --window 62"),
     (["--chat"], "tokenizer byte has no chat template: leave --chat away"),
     (["--load-state", "none"], "none cannot be read as a saved state"),
 ])

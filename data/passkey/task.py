@@ -93,10 +93,11 @@ def passkey(tokenizer: Tokenizer, length: int, depth: float, rng: np.random.Gene
 class PasskeySet:
     """
     Passkey tasks without end, as train.py reads a data set: one task of block_size + 1 tokens per sequence, at a random
-    depth, one of six at the very start and one at the very end: a long sequence would hardly ever show these. Nothing is stored: a task is made from the seed, the step and its index in the global batch. answer_only: the
-    targets are the answer and the needle's second mention of the key, which teaches to copy it from nearby; every
-    other one is IGNORE. Else all tokens are targets. Four tasks of five, and all where it does not fit, are without the
-    description: so short sequences hold some filler, and a memory can be taught segment by segment.
+    depth, one of six at the very start and one at the very end: a long sequence would hardly ever show these. Nothing is
+    stored: a task is made from the seed, the step and its index in the global batch. answer_only: the targets are the
+    answer and the needle's second mention of the key, which teaches to copy it from nearby; every other one is IGNORE.
+    Else all tokens are targets. Four tasks of five, and all where it does not fit, are without the description: so short
+    sequences hold some filler, and a memory can be taught segment by segment.
     """
 
     def __init__(self, tokenizer: Tokenizer, answer_only: bool = True):
