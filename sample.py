@@ -411,7 +411,7 @@ def main(argv: list[str] | None = None) -> int:
         seed, seed_why = (None, "the saved draws go on") if opt.seed is None else (seed, seed_why)
     ids = (s.pending or tokenizer.prefix) + ([] if prompt is None else tokenizer.encode(prompt)) or [tokenizer.eot]
     graphs = ("off (--no-cuda-graphs)" if not opt.cuda_graphs else "on" if model.can_graph(s.state) else
-              "off (they need CUDA and a state that does not grow)")
+              "off (they need CUDA and no full attention)")
     say(f"model: {name}, {model.num_params() / 1e6:.2f}M parameters, block_size {model.config.block_size}, "
         f"tokenizer {tokenizer.name}",
         place.reasons[0], f"dtype: {str(place.dtype)[6:]} (--dtype {opt.dtype})", f"cuda graphs: {graphs}",

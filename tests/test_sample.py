@@ -560,7 +560,7 @@ def test_a_hybrid_announces_both_parts(call, run):
 
 def test_cuda_graphs_are_told_about(call):
     if not torch.cuda.is_available():
-        assert "cuda graphs: off (they need CUDA and a state that does not grow)" in call("--max-new-tokens", "3")[2]
+        assert "cuda graphs: off (they need CUDA and no full attention)" in call("--max-new-tokens", "3")[2]
     assert "cuda graphs: off (--no-cuda-graphs)" in call("--max-new-tokens", "3", "--no-cuda-graphs")[2]
 
 
