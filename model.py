@@ -177,10 +177,6 @@ class KVCache:
         self.k = torch.zeros(batch_size, 0, n_kv_head, head_dim, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
 
-    @property
-    def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
-
     def past(self, start):
         """-> keys, values (B, n, G, D) of the tokens before position `start` that later ones see, the first's position."""
         return self.k[:, :start], self.v[:, :start], 0
@@ -192,11 +188,8 @@ class KVCache:
             self.k, self.v = (self._grown(x, start, max(64, 2 * start, end)) for x in (self.k, self.v))
         self.k[:, start:end], self.v[:, start:end] = k.detach(), v.detach()
 
-    def prepare(self, end):
-        """Nothing to do, nor at `commit`: what lies past the state's position is not seen."""
-
     def commit(self):
-        pass
+        """Nothing to do: what lies past the state's position is not seen."""
 
     def write_one(self, k, v, slot):
         """k, v (B, 1, G, D) of one token -> the keys and values that it sees, itself included."""
@@ -230,10 +223,6 @@ class WindowCache:
         self.k = torch.zeros(batch_size, slots, n_kv_head, head_dim, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
 
-    @property
-    def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
-
     def past(self, start):
         first = max(min(self.sinks, start), start - self.window + 1)
         slots = self.sinks + (torch.arange(first, start, device=self.k.device) - self.sinks) % self.window
@@ -246,9 +235,6 @@ class WindowCache:
         tokens = torch.cat([tokens[:n_sink], tokens[n_sink:][-W:]])
         slots = torch.where(tokens < S, tokens, S + (tokens - S) % W)
         self.held = slots, *(x.detach()[:, tokens - start].to(self.k.dtype) for x in (k, v))
-
-    def prepare(self, end):
-        """Nothing to do: `commit` holds it all."""
 
     def commit(self):
         if self.held is not None:
@@ -292,10 +278,6 @@ class InfiniCache:
     def memory(self) -> dict[str, torch.Tensor]:
         return dict(M=self.M, z=self.z)
 
-    @property
-    def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes + self.M.nbytes + self.z.nbytes
-
     def past(self, start):
         """-> the segment's tokens before position `start`: keys un-rotated and rotated, values, (B, start % N, G, D)."""
         n = start % self.segment
@@ -319,12 +301,7 @@ class InfiniCache:
         k, v = (x.detach()[:, x.shape[1] - n:].to(self.k.dtype) for x in (k, v))
         self.held = slots, k, v, *(x.detach() for x in memory)
 
-    def write_one(self, k, v, slot):
-        """slot (1,) int64, a tensor so that a CUDA graph can hold it -> the segment's buffers."""
-        self.held = None
-        self.k.index_copy_(1, slot, k.to(self.k.dtype))
-        self.v.index_copy_(1, slot, v.to(self.v.dtype))
-        return self.k.to(k.dtype), self.v.to(k.dtype)
+    write_one = WindowCache.write_one
 
     def prepare(self, end):
         """Before `commit`, and seen by nobody yet: the fold of a segment that write_one filled, if `end` is a border."""
@@ -389,12 +366,13 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(x.nbytes for layer in self.layers for x in (layer.k, layer.v, *layer.memory.values()))
 
     def advance(self, n: int):
         """The next n tokens have been through every layer. What can fail comes first: a call cut short can be made again."""
         for layer in self.layers:
-            layer.prepare(self.position + n)
+            if layer.memory:
+                layer.prepare(self.position + n)
         for layer in self.layers:
             layer.commit()
         self.position += n
@@ -849,6 +827,8 @@ class GPT(nn.Module):
                 x = self._decode_step(token, position, state)
 
         def step(new_token):
+            for layer in state.layers:  # of a call that was cut short: the graph writes by itself
+                layer.held = None
             token.copy_(new_token)
             position.fill_(state.position)
             with torch.cuda.device(token.device):
