@@ -21,6 +21,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from tqdm import tqdm
 
 from data.loader import sample_rng
 from data.passkey.task import HELD_OUT, Task, passkey
+from data.tokenizer import Tokenizer
 from model import GPT
 from sample import SHIPPED, find_model, load, size
 from train import Place, TrainConfig, choose_place
@@ -88,8 +90,8 @@ class Passkey(Common):
     diagnose: bool = False  # also how much of what infini layers' memories hold for the answer's queries is the needle
 
 
-def choose(opt: Common) -> tuple[Place, str]:
-    """Where to compute, and the folder or hub id of the model. ValueError, SystemExit."""
+def choose(opt: Common) -> tuple[Place, str, dict]:
+    """Where to compute, the folder or hub id of the model, and the result to fill. ValueError, SystemExit."""
     place = choose_place(TrainConfig(device=opt.device, dtype=opt.dtype))
     for attention in opt.attention:
         overrides(attention)  # before any work
@@ -101,7 +103,15 @@ def choose(opt: Common) -> tuple[Place, str]:
         raise SystemExit("--transformers needs a package that is not installed: pip install transformers")
     if opt.run is not None and opt.model is not None:
         raise SystemExit(f"run {opt.run} and --model {opt.model}: give one of them")
-    return place, str(find_model(opt.run, opt.model) or SHIPPED)
+    name = str(find_model(opt.run, opt.model) or SHIPPED)
+    return place, name, dict(command=type(opt).__name__.lower(), options=asdict(opt), model=name, variants=[])
+
+
+def each_model(opt: Common, place: Place, name: str) -> Iterator[tuple[str, GPT, Tokenizer]]:
+    """Each of opt.attention, with the model whose attention it is, where to compute, and its tokenizer. SystemExit."""
+    for attention in opt.attention:
+        model, tokenizer = load(name, overrides(attention))
+        yield attention, model.to(place.device, place.dtype), tokenizer
 
 
 def stem_of(opt: Common, name: str) -> str:
@@ -187,14 +197,11 @@ def recompute_nll(model: GPT, ids: torch.Tensor, window: int, positions: list[in
 
 def perplexity(opt: Perplexity) -> dict:
     """Evaluates and prints each of opt.attention -> what the JSON file holds. ValueError, SystemExit."""
-    place, name = choose(opt)
-    result = dict(command="perplexity", options=asdict(opt), model=name, variants=[])
+    place, name, result = choose(opt)
     edges = torch.linspace(0, opt.tokens - 1, opt.bins + 1).round().long().tolist()
     samples = result["samples"] = torch.linspace(
         opt.tokens // (2 * opt.samples), opt.tokens - 2, opt.samples).long().tolist()
-    for attention in opt.attention:
-        model, tokenizer = load(name, overrides(attention))
-        model.to(place.device, place.dtype)
+    for attention, model, tokenizer in each_model(opt, place, name):
         ids, words, nbytes = read_tokens(opt.text, tokenizer, opt.tokens)
         began, variant = time.perf_counter(), dict(attention=attention)
         if attention.startswith("recompute+"):
@@ -298,11 +305,8 @@ def watch(model: GPT, state, token, minutes: float) -> list[dict]:
 @torch.no_grad()
 def stream(opt: Stream) -> dict:
     """Times and prints each of opt.attention -> what the JSON file holds. ValueError, SystemExit."""
-    place, name = choose(opt)
-    result = dict(command="stream", options=asdict(opt), model=name, variants=[])
-    for attention in opt.attention:
-        model, tokenizer = load(name, overrides(attention))
-        model.to(place.device, place.dtype)
+    place, name, result = choose(opt)
+    for attention, model, tokenizer in each_model(opt, place, name):
         ids = read_tokens(opt.text, tokenizer, max(max(opt.at), 8 * opt.chunk) + 1)[0].to(place.device)
         variant = dict(attention=attention, state=model.new_state(1).nbytes)
         rates = {}
@@ -367,6 +371,7 @@ def needle_shares(model: GPT, state, task: Task):
         model.blocks, state.layers, model.config.layer_kinds) if kind == "infini"]
 
     def watch(attn, cache):
+        """Adds the share of each answer's position in one layer; -> the hook's handle."""
         keys = []
 
         def after(_, __, qkv):
@@ -436,11 +441,8 @@ def score(model: GPT, tokenizer, opt: Passkey, length: int, depth: float, title:
 
 def evaluate_passkey(opt: Passkey) -> dict:
     """Evaluates and prints each of opt.attention -> what the JSON file holds. ValueError, SystemExit."""
-    place, name = choose(opt)
-    result = dict(command="passkey", options=asdict(opt), model=name, variants=[])
-    for attention in opt.attention:
-        model, tokenizer = load(name, overrides(attention))
-        model.to(place.device, place.dtype)
+    place, name, result = choose(opt)
+    for attention, model, tokenizer in each_model(opt, place, name):
         for depth in opt.depths:  # before any work
             passkey(tokenizer, min(opt.lengths), depth, sample_rng(0, 0, 0))
         infini = [block.attn for block, kind in zip(model.blocks, model.config.layer_kinds) if kind == "infini"]
