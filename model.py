@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import (apply_sink_logit, attention, decode_attention, infini_attention, linear_cross_entropy, memory_read,
                      rms_norm, rope, rope_frequencies, rope_turns, swiglu)
 from kernels.backend import use_triton
+from kernels.rope import SCALING_KEYS
 
 
 @dataclass
@@ -128,6 +129,42 @@ class GPTConfig:
             raise ValueError(f"rope_scaling {kind!r} depends on the length of the text, which the model does not support: use "
                              "linear, ntk, ntk_by_parts, yarn or llama3")
         return rope_frequencies(self.rotary_dim, self.rope_base, self.rope_scaling)
+
+
+def read_rope_scaling(value: str | dict, block_size: int, target: int | None = None) -> dict:
+    """
+    A rope_scaling as people write it: a dict; the name of a family ("yarn"); JSON text; or the path of a JSON file, of
+    which the entry "rope_scaling" is taken if it has one. What is left out is filled in where the family needs it:
+    original_max_position_embeddings is block_size, the trained length, and factor is target / that. ValueError for what
+    cannot be read, for a family that is unknown, and for a factor that nothing says.
+    """
+    given = value
+    if not isinstance(value, dict):
+        if value in SCALING_KEYS:
+            value = {"rope_type": value}
+        else:
+            try:
+                value = json.loads(open(value, encoding="utf-8").read() if os.path.isfile(value) else value)
+            except ValueError:
+                raise ValueError(f"rope_scaling {given}: it must be one of {', '.join(SCALING_KEYS)}, a JSON object, or the path "
+                                 "of a file that holds one") from None
+        value = value.get("rope_scaling", value) if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            raise ValueError(f"rope_scaling {given}: it holds {type(value).__name__} {value}, it must be a JSON object like "
+                             '{"rope_type": "yarn", "factor": 4}')
+    value = {key: x for key, x in value.items() if x is not None}
+    kind = value.get("rope_type", value.get("type", "default"))
+    if kind not in SCALING_KEYS:
+        raise ValueError(f"rope_scaling {given}: rope_type {kind!r} is unknown: use one of {', '.join(SCALING_KEYS)}")
+    needed, optional = SCALING_KEYS[kind]
+    if "original_max_position_embeddings" in needed:
+        value.setdefault("original_max_position_embeddings", block_size)
+    if "factor" in (*needed, *optional) and not {"factor", "attention_factor"} & value.keys():
+        if target is None:
+            raise ValueError(f"rope_scaling {given} lacks its factor, the length wanted over the trained one: use "
+                             f'{{"rope_type": "{kind}", "factor": 4}} for {4 * block_size} tokens')
+        value["factor"] = target / value.get("original_max_position_embeddings", block_size)
+    return value
 
 
 def alibi_slopes(n_head: int) -> torch.Tensor:

@@ -28,7 +28,8 @@ SCALING_KEYS = {
     "ntk_by_parts": (("factor", "original_max_position_embeddings"), ("beta_fast", "beta_slow", "truncate")),
     "yarn": (("factor", "original_max_position_embeddings"),
              ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")),
-    "longrope": (("short_factor", "long_factor", "original_max_position_embeddings"), ("factor", "attention_factor")),
+    "longrope": (("short_factor", "long_factor", "original_max_position_embeddings"),
+                 ("factor", "attention_factor", "n_hat")),
     "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
 }
 
@@ -49,7 +50,8 @@ def rope_frequencies(dim, base=10000.0, scaling=None, seq_len=None):
     yarn          ntk_by_parts, with the factor attention_factor, else m(mscale) / m(mscale_all_dim) where both are
                   given, else m(1), for m(x) = 0.1 x ln s + 1 (arXiv 2309.00071, as released)
     longrope      theta / long_factor where seq_len > L, else theta / short_factor; the factor is attention_factor,
-                  else sqrt(1 + ln s / ln L) (arXiv 2402.13753)
+                  else sqrt(1 + ln s / ln L); while long_factor is in use, positions below n_hat (0) keep the angles of
+                  theta, which is the caller's to do (arXiv 2402.13753)
     llama3        theta for wavelengths below L / high_freq_factor, theta / s above L / low_freq_factor, else blended
 
     ValueError for an odd or non-positive dim, a base of 1 or less, an unknown rope_type or key, a missing key, or a
@@ -121,6 +123,9 @@ def _check_scaling(dim, base, kind, scaling):
             raise ValueError(f"rope_frequencies: {key} is {scaling[key]!r}, it must be a positive number")
     if not isinstance(scaling.get("truncate", True), bool):
         raise ValueError(f"rope_frequencies: truncate is {scaling['truncate']!r}, it must be true or false")
+    n_hat = scaling.get("n_hat", 0)
+    if not isinstance(n_hat, int) or isinstance(n_hat, bool) or n_hat < 0:
+        raise ValueError(f"rope_frequencies: n_hat is {n_hat!r}, it must be a whole number of at least 0")
     for small, large, default in (("low_freq_factor", "high_freq_factor", (1, 4)), ("beta_slow", "beta_fast", (1, 32))):
         if not scaling.get(small, default[0]) < scaling.get(large, default[1]):
             raise ValueError(f"rope_frequencies: {small}={scaling.get(small, default[0])} must be below "
