@@ -43,14 +43,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from data.loader import Batch, carried_batch, check_length, eval_batches, prefetch, train_batch
+from data.loader import Batch, carried_batch, check_length, eval_batches, pose_batch, prefetch, train_batch
 from data.passkey.task import PasskeySet
 from data.prepare import prepare_folder
 from data.pretrained import find_folder, load_fields
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokens import DataError, TokenFile
 from kernels.backend import use_triton
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, read_rope_scaling
 
 log = logging.getLogger("nanolong")  # the kernels' too: everything said goes to stdout and to the run's log.txt
 Data = tuple[TokenFile | PasskeySet, TokenFile | PasskeySet, Tokenizer]
@@ -77,6 +77,10 @@ class TrainConfig:
     answer_only: Flag = None  # of data/passkey: only the key's second mention and the answer are learnt (default: yes)
     # infini: sequences read books on and on, and find the memory of the one before; validation starts from empty ones
     carry_memory: bool = False
+    # PoSE: block_size tokens of a document train positions 0 to pose_target - 1; validation is plain windows all the same
+    pose_target: int | None = None
+    pose_chunks: int | None = None  # pieces that skip ahead, 1 (plain windows) to block_size (default: 2)
+    pose_content_skip: Flag = None  # the text skips too, not only the positions (default: yes)
     seed: int = 1  # of the initial weights and of the batches
 
     init_from: str | None = None  # start from these weights: a run or step_ folder, a Hugging Face folder or hub id
@@ -99,6 +103,10 @@ class TrainConfig:
     position: str | None = None  # rope, alibi or none (default: rope, or init_from's)
     rope_base: float | None = None  # larger turns slower: for longer context (default: 10000, or init_from's)
     rope_fraction: float | None = None  # of each head that is rotated (default: 1, or init_from's)
+    # a family (linear, ntk, yarn, ...), JSON, or a JSON file's path; a config file may give a dict (default: init_from's).
+    # Where no factor is given it is pose_target, or block_size without, over the length that init_from was trained at
+    rope_scaling: str | None = None
+    alibi_scale: float | None = None  # on alibi's slopes (default: 1, or init_from's)
     norm: str | None = None  # rmsnorm or layernorm (default: rmsnorm, or init_from's)
     norm_eps: float | None = None  # under the norm's square root (default: 1e-5, or init_from's)
     mlp: str | None = None  # swiglu or gelu (default: swiglu, or init_from's)
@@ -129,7 +137,8 @@ class TrainConfig:
 FREE_ON_RESUME = {"name", "out", "resume", "log_every", "eval_every", "eval_tokens", "save_every", "keep", "wandb",
                   "init_from", "batch_size", "device", "compile", "activation_checkpointing"}  # batch_tokens counts
 MINIMUM = dict(max_steps=1, gate_lr=0, log_every=1, eval_every=0, eval_tokens=1, save_every=0, keep=1, vocab_multiple=1,
-               batch_size=1, lr=0, warmup_steps=0, final_lr=0, wsd_decay=0, weight_decay=0, grad_clip=0)
+               batch_size=1, lr=0, warmup_steps=0, final_lr=0, wsd_decay=0, weight_decay=0, grad_clip=0, pose_target=1,
+               pose_chunks=1)
 NEW_MODEL = dict(n_layer=4, n_head=4, n_embd=192, block_size=256)  # for the rest: GPTConfig
 
 
@@ -164,6 +173,8 @@ def load_config(path: Path) -> TrainConfig:
         raise ValueError(f"{path}: {type(e).__name__}: {e}") from None
     if not isinstance(config, TrainConfig):
         raise ValueError(f"{path} must say: from train import TrainConfig; config = TrainConfig(...)")
+    if isinstance(config.rope_scaling, dict):  # text, as on the command line
+        config = replace(config, rope_scaling=json.dumps(config.rope_scaling))
     return config
 
 
@@ -245,6 +256,8 @@ def choose_model(config: TrainConfig) -> tuple[TrainConfig, GPTConfig, Tokenizer
     if multiple is not None:
         given["vocab_size"] = math.ceil(tokenizer.vocab_size / multiple) * multiple
     sizes = dict(sinks=GPTConfig.sinks) | base | given
+    if config.rope_scaling is not None:
+        given["rope_scaling"] = scaling_of(config, base, sizes["block_size"])
     if "window" not in base.get("attention", "full"):
         given.setdefault("window", max(1, sizes["block_size"] - sizes["sinks"]))
     if "infini" not in base.get("attention", "full"):
@@ -265,6 +278,16 @@ def choose_model(config: TrainConfig) -> tuple[TrainConfig, GPTConfig, Tokenizer
     return replace(config, tokenizer=name, vocab_multiple=multiple, **resolved), c, tokenizer, folder
 
 
+def scaling_of(config: TrainConfig, base: dict, block_size: int) -> dict:
+    """config.rope_scaling in full. The trained length is that of the model before it had the rope_scaling of its own."""
+    old = (base.get("rope_scaling") or {}) if config.init_from is not None else {}
+    trained = old.get("original_max_position_embeddings", base["block_size"] if config.init_from is not None else block_size)
+    target = config.pose_target or (block_size if block_size > trained else None)
+    if old and "original_max_position_embeddings" not in old:  # scaled, nobody knows from what length: no factor by guess
+        target = None
+    return read_rope_scaling(config.rope_scaling, trained, target)
+
+
 def check_used(config: TrainConfig, c: GPTConfig):
     """ValueError, one line, for an option that this model or this data has no use for, or that excludes another."""
     window, infini, passkey = "window" in c.attention, "infini" in c.attention, is_passkey(config)
@@ -273,7 +296,9 @@ def check_used(config: TrainConfig, c: GPTConfig):
                                ("memory_rule", infini, model), ("memory_beta", infini, model), ("memory_norm", infini, model),
                                ("gate_lr", infini, model),
                                ("rope_base", c.position == "rope", model), ("rope_fraction", c.position == "rope", model),
-                               ("answer_only", passkey, f"data {config.data}")):
+                               ("answer_only", passkey, f"data {config.data}"),
+                               ("pose_chunks", config.pose_target is not None, "training without pose_target"),
+                               ("pose_content_skip", config.pose_target is not None, "training without pose_target")):
         if not used and getattr(config, option) is not None:
             raise ValueError(f"{option} is {getattr(config, option)}, but {what} has no use for it: change that, leave {option} "
                              f"away, or give it as None where a config file sets it")
@@ -288,6 +313,20 @@ def check_used(config: TrainConfig, c: GPTConfig):
                            (passkey, "data/passkey: no task goes on from another")):
             if wrong:
                 raise ValueError(f"carry_memory with {why}")
+    if config.pose_target is not None:
+        for wrong, why in ((config.pose_target < c.block_size, f"block_size {c.block_size}: the target is the longer one; use "
+                            f"--pose-target {16 * c.block_size}, 16 times as long, or --block-size {config.pose_target} at most"),
+                           (c.position != "rope", f"position {c.position}: positions can skip in rotary models alone; use "
+                            "--position rope, or leave pose_target away"),
+                           (set(c.layer_kinds) != {"full"}, f"attention {c.attention}: only full attention meets distances "
+                            "that long; use --attention full, or leave pose_target away"),
+                           ((config.pose_chunks or 2) > c.block_size, f"pose_chunks {config.pose_chunks or 2} and block_size "
+                            f"{c.block_size}: a chunk has a token at least; use --pose-chunks {c.block_size} at most"),
+                           (config.carry_memory, "carry_memory: its sequences go on in the text, PoSE's do not"),
+                           (config.mask_documents, "mask_documents: each sequence is inside one document already"),
+                           (passkey, "data/passkey: a task's place is its text's, which must not skip")):
+            if wrong:
+                raise ValueError(f"pose_target {config.pose_target} with {why}")
     if passkey and config.mask_documents:
         raise ValueError("mask_documents with data/passkey: each sequence is one document already; leave it away")
 
@@ -310,7 +349,8 @@ def open_data(config: TrainConfig, place: Place, tokenizer: Tokenizer) -> Data:
         train, validation = (TokenFile(path, tokenizer.vocab_size, tokenizer.tag) for path in paths)
     except ValueError as e:  # a token file's name tells which tokenizer.json made it, not where that is
         raise ValueError(str(e).replace("PATH/tokenizer.json", tokenizer.name)) from None
-    check_length(train, config.block_size, config.carry_memory)
+    check_length(train, config.block_size, "carry_memory" if config.carry_memory else
+                 "pose_target" if config.pose_target is not None else None)
     if validation.n_tokens < 2:
         raise ValueError(f"{validation.path} holds {validation.n_tokens} tokens: evaluation needs 2 at least")
     return train, validation, tokenizer
@@ -628,7 +668,7 @@ def micro_step(forward: torch.nn.Module, batch: Batch, m: int, place: Place, n_v
         for layer in state.layers:
             layer.clear(on.begins)
     with contextlib.nullcontext() if sync or place.world == 1 else forward.no_sync():
-        _, nll = forward(on.x, on.y, docs=on.docs, state=state, reduction="sum")
+        _, nll = forward(on.x, on.y, positions=on.positions, docs=on.docs, state=state, reduction="sum")
         (nll * (place.world / n_valid)).backward()
     return nll.detach()
 
@@ -699,6 +739,9 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
             batch = train_file.train_batch(*args)
         elif carried:
             batch = carried_batch(train_file, *args, n_streams=place.world * n_micro * config.batch_size)
+        elif config.pose_target is not None:
+            batch = pose_batch(train_file, *args, config.pose_target, config.pose_chunks or 2,
+                               config.pose_content_skip is not False)
         else:
             batch = train_batch(train_file, *args, config.mask_documents)
         return batch.pin() if place.device.type == "cuda" else batch
@@ -822,6 +865,8 @@ def setup(args: list[str], memory: MemoryHandler) -> tuple:
                  f"{model.config.vocab_size}" + (f"; from {config.init_from}" if config.init_from else ""),
                  f"batch: {batch_tokens} tokens = {place.world} rank(s) x {n_micro} micro-step(s) x "
                  f"{config.batch_size} sequences x {config.block_size}",
+                 *([f"pose: {config.block_size} tokens in {config.pose_chunks or 2} chunk(s) at positions 0 to "
+                    f"{config.pose_target - 1}; validation at 0 to {config.block_size - 1}"] if config.pose_target else []),
                  *([f"resume: {checkpoint or 'no checkpoint yet'}, after step {start}"] if config.resume else []),
                  *([f"resume: from here on the curve differs by {', '.join(changed)}"] if changed else [])):
         log.info(line)

@@ -119,4 +119,4 @@ def test_carried_sequences_read_each_document_on_and_on(file):
     assert torch.equal(torch.cat(parts), carried_batch(file, T, 3, 5, 0, 1, 6, n_streams=n).x[0])
     assert not torch.equal(parts[0], carried_batch(file, T, 4, 5, 0, 1, 2, n_streams=n).x[0])
     with pytest.raises(ValueError, match="longest document has .* carry_memory .* block_size \\+ 1 = 101: use --block-size"):
-        check_length(file, 100, carried=True)
+        check_length(file, 100, "carry_memory")
