@@ -322,7 +322,6 @@ def check_used(config: TrainConfig, c: GPTConfig):
                             "that long; use --attention full, or leave pose_target away"),
                            ((config.pose_chunks or 2) > c.block_size, f"pose_chunks {config.pose_chunks or 2} and block_size "
                             f"{c.block_size}: a chunk has a token at least; use --pose-chunks {c.block_size} at most"),
-                           (config.carry_memory, "carry_memory: its sequences go on in the text, PoSE's do not"),
                            (config.mask_documents, "mask_documents: each sequence is inside one document already"),
                            (passkey, "data/passkey: a task's place is its text's, which must not skip")):
             if wrong:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from data.loader import train_batch
+from data.loader import pose_batch, train_batch
 from data.tokenizer import _byte_level_alphabet, load_tokenizer
 from data.tokens import TokenFile, TokenWriter
 from model import GPT, GPTConfig
@@ -371,6 +371,124 @@ def test_the_passkey_task(tiny, tmp_path, capsys):
     (["--carry-memory", "--attention=infini", "--data=data/passkey"], "carry_memory with data/passkey"),
     (["--mask-documents", "--data=data/passkey"], "mask_documents with data/passkey")])
 def test_options_without_a_use_are_refused(tiny, options, words):
+    assert words in fails(*tiny, *options)
+
+
+# PoSE
+
+
+@pytest.fixture
+def pose(tiny):
+    return [*tiny, "--pose-target=256", "--rope-scaling=yarn"]
+
+
+def test_pose_first_step_is_that_of_its_samples(pose, tmp_path, data, capsys):
+    """Against the model called directly, with the positions; validation is that of plain windows."""
+    train.main([*pose, "--name=direct", "--max-steps=1", "--grad-clip=0", "--pose-chunks=3", "--no-pose-content-skip"])
+    torch.manual_seed(1)
+    scaling = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=32)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=320, block_size=32, rope_scaling=scaling))
+    batch = pose_batch(TokenFile(data / "train.byte.tokens"), 32, 1, 0, 0, 1, 8, 256, 3, False)
+    _, loss = model(batch.x[0], batch.y[0], positions=batch.positions[0])
+    loss.backward()
+    norm = math.sqrt(sum(p.grad.double().square().sum() for p in model.parameters()))
+    assert records(tmp_path / "direct", "loss", "grad_norm")[1] == pytest.approx((loss.item(), norm), rel=1e-6)
+    assert "32 tokens in 3 chunk(s) at positions 0 to 255" in capsys.readouterr().out
+    learned = GPT.from_pretrained(str(tmp_path / "direct" / "step_0000001"))
+    assert (learned.config.rope_scaling, learned.config.block_size) == (scaling, 32)
+    config = train.TrainConfig(block_size=32, batch_size=4, eval_tokens=300)
+    nbytes = load_tokenizer("byte").token_nbytes
+    again = train.evaluate(learned, TokenFile(data / "validation.byte.tokens"), nbytes, config, place())
+    assert records(tmp_path / "direct", "val_loss")[1][0] == pytest.approx(again["val_loss"], rel=1e-6)
+
+
+def test_pose_resumes_bit_by_bit(pose, tmp_path, capsys):
+    train.main([*pose, "--name=whole", "--save-every=3", "--keep=9"])
+    start = f"--resume={tmp_path}/whole/step_0000003"
+    train.main([*pose, "--name=again", start])
+    assert records(tmp_path / "again") == {s: r for s, r in records(tmp_path / "whole").items() if s > 3}
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = (load_file(tmp_path / run / "step_0000008" / name) for run in ("again", "whole"))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert "differs by" not in capsys.readouterr().out
+    scaling = '{"rope_type": "yarn", "factor": 8}'  # the same in full
+    train.main([*pose, "--name=other", start, f"--rope-scaling={scaling}", "--pose-target=200", "--pose-chunks=3"])
+    assert "differs by pose_target 256 -> 200, pose_chunks None -> 3\n" in capsys.readouterr().out
+    assert "rope_scaling {'rope_type': 'yarn'" in fails(*pose, "--name=wrong", start, "--rope-scaling=ntk")
+
+
+def test_pose_is_the_same_however_it_is_shared(pose, tmp_path):
+    args = [*pose, "--max-steps=3", "--eval-every=0"]
+    done = torchrun("train.py", *args, "--batch-size=2", "--name=two")
+    assert done.returncode == 0, done.stderr
+    train.main([*args, "--name=one", "--batch-size=8"])
+    one, two = (records(tmp_path / name, "loss", "grad_norm", "val_loss") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for step in one:
+        assert [v for v in two[step] if v] == pytest.approx([v for v in one[step] if v], rel=1e-6), step
+
+
+def test_pose_samples_make_a_difference(pose, tmp_path):
+    """Each option changes what is trained on, from the first step on."""
+    for i, options in enumerate(([], ["--pose-target=128"], ["--pose-chunks=5"], ["--no-pose-content-skip"],
+                                 ["--pose-chunks=1"], ["--pose-chunks=32", "--no-pose-content-skip"])):
+        scaling = '--rope-scaling={"rope_type": "linear", "factor": 2}'
+        train.main([*pose, scaling, f"--name={i}", "--max-steps=1", *options])
+    assert len({records(tmp_path / str(j), "loss")[1] for j in range(i + 1)}) == i + 1
+
+
+def test_rope_scaling_of_what_init_from_was_trained_at(bare, pose, tmp_path, whole):
+    """The factor counts from the length before any scaling, whatever a run's own window was."""
+    def chosen(**options):
+        return train.choose_model(train.TrainConfig(**options))[1]
+
+    yarn = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=32)
+    made = chosen(init_from=str(whole), rope_scaling="yarn", pose_target=256, block_size=16)
+    assert (made.rope_scaling, made.block_size) == (yarn, 16)
+    train.main([*bare, f"--init-from={whole}", "--name=short", "--block-size=16", "--batch-tokens=64", "--max-steps=1",
+                "--pose-target=256", "--rope-scaling=yarn"])
+    short = str(tmp_path / "short")
+    assert chosen(init_from=short).rope_scaling == yarn and chosen(init_from=short).block_size == 16
+    assert chosen(init_from=short, rope_scaling="yarn", pose_target=512).rope_scaling == yarn | {"factor": 16.0}
+    assert chosen(init_from=str(whole), rope_scaling="linear", block_size=64).rope_scaling["factor"] == 2  # no PoSE
+    assert chosen(block_size=64, rope_scaling="ntk", pose_target=128).rope_scaling == dict(rope_type="ntk", factor=2.0)
+    (tmp_path / "found.json").write_text(json.dumps(dict(note="x", rope_scaling=yarn)))
+    assert chosen(rope_scaling=str(tmp_path / "found.json")).rope_scaling == yarn
+    (tmp_path / "mine.py").write_text(f"from train import TrainConfig\nconfig = TrainConfig(rope_scaling={yarn})\n")
+    config = train.parse([str(tmp_path / "mine.py"), "--n-layer=1"])[0]
+    assert train.choose_model(config)[1].rope_scaling == yarn
+    path = tmp_path / "short" / "step_0000001" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(rope_scaling=dict(rope_type="linear", factor=4))))
+    with pytest.raises(ValueError, match="linear lacks its factor"):  # of 16 tokens, or of 32?
+        chosen(init_from=short, rope_scaling="linear", pose_target=512)
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--pose-target=31"], ["pose_target 31 with block_size 32", "--pose-target 512", "--block-size 31"]),
+    (["--pose-target=0"], ["pose_target is 0", "at least 1"]), (["--pose-chunks=0"], ["pose_chunks is 0", "at least 1"]),
+    (["--pose-chunks=33"], ["pose_chunks 33 and block_size 32", "--pose-chunks 32 at most"]),
+    (["--block-size=200", "--batch-tokens=800"], ["document has ", "pose_target reads inside one", "= 201: use --block-size"]),
+    (["--position=none"], ["pose_target 256 with position none", "--position rope"]),
+    (["--position=alibi"], ["pose_target 256 with position alibi"]),
+    (["--attention=full,window"], ["pose_target 256 with attention full,window", "--attention full"]),
+    (["--attention=infini"], ["pose_target 256 with attention infini"]),
+    (["--mask-documents"], ["pose_target 256 with mask_documents"]),
+    (["--data=data/passkey", "--block-size=320", "--batch-tokens=1280", "--pose-target=640"], ["pose_target 640 with data/pass"]),
+    (["--rope-scaling=yarm"], ["rope_scaling yarm", "linear, ntk"]), (["--rope-scaling=[1]"], ["rope_scaling [1]", "JSON object"]),
+    (["--rope-scaling=llama3"], ["llama3", "low_freq_factor"])])
+def test_mistakes_about_pose(tiny, tmp_path, options, words):
+    message = fails(*tiny, "--pose-target=256", *options)
+    assert all(word in message for word in words), message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--pose-chunks=3"], "pose_chunks is 3, but training without pose_target has no use for it"),
+    (["--no-pose-content-skip"], "pose_content_skip is False, but training without pose_target"),
+    (["--rope-scaling=yarn"], "rope_scaling yarn lacks its factor"),
+    (["--rope-scaling=linear", "--pose-target=64", "--position=alibi"], "needs position 'rope', it is 'alibi'"),
+    (["--alibi-scale=0.5"], "alibi_scale 0.5 needs position 'alibi', it is 'rope'")])
+def test_scaling_and_pose_options_without_a_use(tiny, options, words):
     assert words in fails(*tiny, *options)
 
 
