@@ -3,12 +3,14 @@ What a model can do with a long text, as a table, a JSON file and a picture.
 
     python eval.py perplexity                                              the latest run on the test books, as trained
     python eval.py perplexity --model data/smollm2/model --tokens 100000 --attention 4+1020 0+1024 recompute+1024
+    python eval.py lengths --lengths 512 1024 2048 --scaling as-is yarn    the same tokens after more and more text
     python eval.py passkey quickstart --lengths 1024 4096 16384            does it remember a number for so long?
     python eval.py stream --model data/smollm2/model --attention 4+1020 --at 1000 50000 --minutes 10
 
-The model is chosen as in sample.py. `--attention` lists what is compared: `full`; S+W, a
-window of W tokens with S sinks (StreamingLLM, arXiv 2309.17453); `recompute+W`, each token predicted from a fresh pass
-over the W before it, the slow way that streaming stands in for, at sampled positions; without it the model as it is.
+The model is chosen as in sample.py. `--attention` lists what is compared: `full`; S+W, a window of W tokens with S sinks
+(StreamingLLM, arXiv 2309.17453); `blockwise`, each half of the trained length sees itself and the one before (LeX,
+arXiv 2212.10554); `recompute+W`, each token predicted from a fresh pass over the W before it, the slow way that
+streaming stands in for, at sampled positions; without it the model as it is.
 Results go to evals/<name>.json, after each of them, and .png. Needs matplotlib for the picture.
 """
 
@@ -35,8 +37,10 @@ from tqdm import tqdm
 
 from data.loader import sample_rng
 from data.passkey.task import HELD_OUT, Task, passkey
+from data.pretrained import find_folder, load_fields
 from data.tokenizer import Tokenizer
-from model import GPT
+from kernels import linear_cross_entropy
+from model import GPT, read_rope_scaling
 from sample import SHIPPED, find_model, load, size
 from train import Place, TrainConfig, choose_place
 
@@ -49,15 +53,19 @@ class Common:
     run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(
         metavar="[RUN]", constructor=str, help_behavior_hint="(default: the run saved last)")] = None
     model: str | None = None  # a pretrained model instead of a run: its folder or hub id
-    attention: list[str] = field(default_factory=lambda: ["as-is"])  # as-is, full, S+W (sinks + window), recompute+W
-    chunk: int = 1024  # tokens per pass
+    attention: list[str] = field(default_factory=lambda: ["as-is"])  # as-is, full, blockwise, S+W (sinks, window), recompute+W
     name: str | None = None  # of the result's files in evals/ (default: the command and the model)
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of cuda, mps, cpu that is there
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on capable CUDA, else float32
 
 
 @dataclass
-class Perplexity(Common):
+class Chunked(Common):
+    chunk: int = 1024  # tokens per pass
+
+
+@dataclass
+class Perplexity(Chunked):
     """Perplexity per token and per word, bits per byte, by position in the text, with the memory that it took."""
 
     text: list[str] = field(default_factory=lambda: ["data/sample/test"])  # files, or folders of .txt files
@@ -67,7 +75,7 @@ class Perplexity(Common):
 
 
 @dataclass
-class Stream(Common):
+class Stream(Chunked):
     """Speed and memory of streaming: parallel passes against token by token, decoding early and late, and for minutes."""
 
     text: list[str] = field(default_factory=lambda: ["data/sample/test"])  # files, or folders of .txt files
@@ -78,7 +86,22 @@ class Stream(Common):
 
 
 @dataclass
-class Passkey(Common):
+class Lengths(Common):
+    """Perplexity of the same tokens with more and more text before them, and copying from so far back."""
+
+    text: list[str] = field(default_factory=lambda: ["data/sample/test"])  # files, or folders of .txt files
+    lengths: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096])  # tokens that the model sees
+    # of rotary models: as-is, none, linear, ntk, dynamic, yarn, ..., JSON or a file, for the longest of the lengths
+    scaling: list[str] = field(default_factory=lambda: ["as-is"])
+    alibi_scale: float | None = None  # factor on ALiBi's slopes: 0.25 makes four times the length look trained
+    windows: int = 20  # places of the texts, evenly spread, each inside one file
+    targets: int = 256  # tokens of each that are predicted, its last: the same at every length
+    copy: int = 64  # the window ends with a copy of its first so many tokens (0: no copying)
+    batch_size: int = 4  # windows at a time: what fits in memory
+
+
+@dataclass
+class Passkey(Chunked):
     """The passkey task (data/passkey/task.py): a five-digit key said once in a long text, to be said again at its end."""
 
     lengths: list[int] = field(default_factory=lambda: [1024, 2048, 4096, 8192])  # tokens, prompt and answer together
@@ -107,10 +130,13 @@ def choose(opt: Common) -> tuple[Place, str, dict]:
     return place, name, dict(command=type(opt).__name__.lower(), options=asdict(opt), model=name, variants=[])
 
 
-def each_model(opt: Common, place: Place, name: str) -> Iterator[tuple[str, GPT, Tokenizer]]:
-    """Each of opt.attention, with the model whose attention it is, where to compute, and its tokenizer. SystemExit."""
+def each_model(opt: Common, place: Place, name: str, **fields) -> Iterator[tuple[str, GPT, Tokenizer]]:
+    """
+    Each of opt.attention, with the model whose attention it is, where to compute, and its tokenizer. `fields` replace
+    more of its GPTConfig. SystemExit.
+    """
     for attention in opt.attention:
-        model, tokenizer = load(name, overrides(attention))
+        model, tokenizer = load(name, overrides(attention) | fields)
         yield attention, model.to(place.device, place.dtype), tokenizer
 
 
@@ -124,17 +150,22 @@ def save(opt: Common, result: dict):
     Path(f"{stem_of(opt, result['model'])}.json").write_text(json.dumps(result, indent=1))
 
 
-def read_tokens(paths: list[str], tokenizer, n: int) -> tuple[torch.Tensor, int, int]:
-    """The first n tokens of the texts -> ids (n,), and the words and bytes they hold. SystemExit if there are fewer."""
+def read_texts(paths: list[str]) -> Iterator[str]:
+    """The texts of files, and of folders of .txt files, in the order of their names. SystemExit."""
     files = [f for path in map(Path, paths) for f in (sorted(path.glob("*.txt")) if path.is_dir() else [path])]
     if not files:
         raise SystemExit(f"no .txt files in {' '.join(paths)}: give --text a file")
-    ids = []
     for path in files:
         try:
-            text = path.read_text(encoding="utf-8")
+            yield path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
             raise SystemExit(f"cannot read {path}: {e}") from None
+
+
+def read_tokens(paths: list[str], tokenizer, n: int) -> tuple[torch.Tensor, int, int]:
+    """The first n tokens of the texts -> ids (n,), and the words and bytes they hold. SystemExit if there are fewer."""
+    ids = []
+    for text in read_texts(paths):
         ids += [*tokenizer.prefix, *tokenizer.encode(text), tokenizer.eot]
         if len(ids) >= n:
             break
@@ -150,9 +181,12 @@ def overrides(attention: str) -> dict:
         return {}
     if attention == "full" or re.fullmatch(r"recompute\+[1-9]\d*", attention):
         return dict(attention="full")
+    if attention == "blockwise":
+        return dict(attention="blockwise")
     if match := re.fullmatch(r"(\d+)\+(\d+)", attention):
         return dict(attention="window", sinks=int(match[1]), window=int(match[2]))
-    raise SystemExit(f"--attention {attention}: write as-is, full, SINKS+WINDOW as in 4+1020, or recompute+WINDOW")
+    raise SystemExit(f"--attention {attention}: write as-is, full, blockwise, SINKS+WINDOW as in 4+1020, or "
+                     "recompute+WINDOW")
 
 
 def memory_now(device: torch.device) -> int:
@@ -354,6 +388,131 @@ def draw_stream(result: dict, axes):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# lengths
+
+
+def read_windows(paths: list[str], tokenizer: Tokenizer, n: int, length: int) -> torch.Tensor:
+    """(n, length) int64: n runs of `length` tokens, each inside one text, evenly spread over all there are. SystemExit."""
+    texts = [torch.tensor(tokenizer.encode(text), dtype=torch.int64) for text in read_texts(paths)]
+    places = np.cumsum([max(0, len(text) - length + 1) for text in texts])  # in this text and those before it
+    if places[-1] < n:
+        raise SystemExit(f"{' '.join(paths)}: {places[-1]} place(s) for {n} windows of {length} tokens inside one text, the "
+                         f"longest has {max(map(len, texts))}: use a longer --text, fewer --windows or a smaller length")
+    windows = []
+    for i in range(n):
+        place = int((2 * i + 1) * places[-1]) // (2 * n)
+        which = int(np.searchsorted(places, place, side="right"))
+        text, at = texts[which], place - int(places[which - 1] if which else 0)
+        windows.append(text[at:at + length])
+    return torch.stack(windows)
+
+
+@torch.no_grad()
+def last_nll(model: GPT, windows: torch.Tensor, targets: int, prefix: list[int], batch_size: int,
+             title: str | None = None) -> torch.Tensor:
+    """
+    nll (n, targets) float32 on the CPU of the last `targets` tokens of windows (n, length + 1), each in one pass over
+    its first `length` tokens, at positions 0 .. length - 1; `prefix`, what the tokenizer puts before every text, takes
+    the place of the first ones. Without a title no progress is shown.
+    """
+    device, parts = model.wte.weight.device, []
+    for ids in tqdm(windows.split(batch_size), title, unit="batch", leave=False, disable=True if title is None else None):
+        x, y = ids[:, :-1].clone(), ids[:, -targets:].to(device)
+        x[:, :len(prefix)] = torch.tensor(prefix, dtype=x.dtype)
+        hidden = model.hidden(x.to(device))[:, -targets:]
+        parts.append(linear_cross_entropy(hidden, model.output_weight, y, reduction="none").float().cpu())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def copied(model: GPT, windows: torch.Tensor, n: int, prefix: list[int], batch_size: int) -> tuple[float, float]:
+    """
+    How much of a text is copied from where it stood before: in windows (N, length), with `prefix` as in last_nll, the
+    last n tokens are replaced by the first n -> the fraction of the second half of these that are the likeliest tokens;
+    and that of the same tokens when the model sees nothing but the n: what it would have guessed anyway.
+    """
+    device, half, right = model.wte.weight.device, n // 2, torch.zeros(2, dtype=torch.int64)
+    for ids in windows.split(batch_size):
+        first = ids[:, len(prefix):len(prefix) + n]
+        start = torch.tensor(prefix, dtype=ids.dtype).expand(len(ids), -1)
+        seen = torch.cat([start, ids[:, len(prefix):-n], first], 1)
+        for i, x in enumerate((seen, torch.cat([start, first], 1))):
+            hidden = model.hidden(x[:, :-1].to(device))[:, -half:]
+            likeliest = F.linear(hidden, model.output_weight.to(hidden.dtype)).argmax(-1).cpu()
+            right[i] += (likeliest == first[:, -half:]).sum()
+    return tuple((right / (len(windows) * half)).tolist())
+
+
+def scaling_fields(scaling: str, name: str, target: int) -> dict:
+    """"yarn" -> the fields of GPTConfig that make the model `name` reach `target` tokens by it. ValueError."""
+    if scaling in ("as-is", "none"):
+        return {} if scaling == "as-is" else dict(rope_scaling=None)
+    fields = load_fields(find_folder(name))[0]
+    trained = (fields.get("rope_scaling") or {}).get("original_max_position_embeddings", fields["block_size"])
+    return dict(rope_scaling=read_rope_scaling(scaling, trained, target))
+
+
+def compare_lengths(opt: Lengths) -> dict:
+    """Evaluates and prints each of opt.scaling with each of opt.attention -> what the JSON holds. ValueError, SystemExit."""
+    place, name, result = choose(opt)
+    lengths = sorted(set(opt.lengths))
+    for what, least in (("targets", opt.targets), ("copy", 2 * opt.copy)):
+        if lengths[0] < least:
+            raise SystemExit(f"--lengths {lengths[0]} with --{what} {getattr(opt, what)}: the shortest must be at least {least}, "
+                             f"or --{what} at most {lengths[0] // (2 if what == 'copy' else 1)}")
+    if opt.copy == 1:
+        raise SystemExit("--copy 1: it must be 0, or at least 2: the second half of the copied tokens is what counts")
+    alibi = {} if opt.alibi_scale is None else dict(alibi_scale=opt.alibi_scale)
+    fields = {scaling: scaling_fields(scaling, name, lengths[-1]) | alibi for scaling in opt.scaling}  # before any work
+    windows = None
+    print(f"perplexity of {opt.targets} tokens in {opt.windows} places after so many, these included" + (
+        f"; percent of {opt.copy // 2} tokens\ncopied right from the window's start, and guessed right without it"
+        if opt.copy else "") + f"\n{'tokens':>24}" + "".join(f"{n:>11}" for n in lengths))
+    for scaling in opt.scaling:
+        for attention, model, tokenizer in each_model(opt, place, name, **fields[scaling]):
+            windows = read_windows(opt.text, tokenizer, opt.windows, lengths[-1] + 1) if windows is None else windows
+            stem = Path(scaling).stem if os.path.isfile(scaling) else scaling
+            label = stem if attention == "as-is" else f"{stem}, {attention}"
+            nbytes = int(tokenizer.token_nbytes[windows[:, -opt.targets:]].sum())
+            variant = dict(label=label, scaling=scaling, attention=attention,
+                           rope_scaling=model.config.rope_scaling, cells=[])
+            result["variants"].append(variant)
+            for n in lengths:
+                args = tokenizer.prefix, opt.batch_size
+                nll = last_nll(model, windows[:, -n - 1:], opt.targets, *args, f"{label}, {n}").double()
+                variant["cells"].append(dict(
+                    length=n, ppl=math.exp(nll.mean()), bits_per_byte=float(nll.sum()) / math.log(2) / nbytes,
+                    window_nll=nll.mean(1).tolist()))
+                if opt.copy:
+                    share = copied(model, windows[:, -n:], opt.copy, *args)
+                    variant["cells"][-1] |= dict(copied=share[0], guessed=share[1])
+                save(opt, result)
+            print(f"{label:>24}" + "".join(f"{c['ppl']:>11.4g}" for c in variant["cells"]), flush=True)
+            if opt.copy:
+                shares = [f"{100 * c['copied']:.0f} ({100 * c['guessed']:.0f})" for c in variant["cells"]]
+                print(f"{'copied (guessed), %':>24}" + "".join(f"{x:>11}" for x in shares), flush=True)
+    return result
+
+
+def draw_lengths(result: dict, axes):
+    """Perplexity by length, a line for each variant; and what it copied, or without that its bits per byte."""
+    copying = result["options"]["copy"] > 0
+    for variant in result["variants"]:
+        n = [c["length"] for c in variant["cells"]]
+        line, = axes[0].plot(n, [c["ppl"] for c in variant["cells"]], "o-", label=variant["label"])
+        second = [100 * c["copied"] if copying else c["bits_per_byte"] for c in variant["cells"]]
+        axes[1].plot(n, second, "o-", color=line.get_color(), label=variant["label"])
+    if copying:
+        guessed = result["variants"][0]["cells"]
+        axes[1].plot([c["length"] for c in guessed], [100 * c["guessed"] for c in guessed], "k:", label="guessed, unseen")
+    axes[0].set(ylabel=f"perplexity of the last {result['options']['targets']} tokens", yscale="log")
+    axes[1].set(ylabel="tokens copied right, percent" if copying else "bits per byte", ylim=(0, None))
+    for ax in axes:
+        ax.set(xlabel="tokens that the model sees")
+        ax.set_xscale("log", base=2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # passkey
 
 
@@ -487,17 +646,19 @@ def draw_passkey(result: dict, axes):
 def main(argv: list[str] | None = None):
     """The command line (argv: without the program's name). SystemExit, one line, for a user's mistake."""
     opt = tyro.extras.subcommand_cli_from_dict(
-        {"perplexity": Perplexity, "passkey": Passkey, "stream": Stream}, prog="eval.py", args=argv, description=__doc__)
-    for name, least in dict(tokens=2, bins=1, samples=1, chunk=1, new_tokens=10, minutes=0, batch_size=1, seed=0).items():
+        {"perplexity": Perplexity, "lengths": Lengths, "passkey": Passkey, "stream": Stream}, prog="eval.py", args=argv,
+        description=__doc__)
+    for name, least in dict(tokens=2, bins=1, samples=1, chunk=1, new_tokens=10, minutes=0, batch_size=1, seed=0, windows=1,
+                            targets=1, copy=0).items():
         if getattr(opt, name, least) < least:
             raise SystemExit(f"{name} is {getattr(opt, name)}: it must be at least {least}")
     if getattr(opt, "seed", 0) >= 2**63:
         raise SystemExit(f"seed is {opt.seed}: it must be below 2^63")
-    for name in ("attention", "at", "text", "lengths", "depths"):
+    for name in ("attention", "at", "text", "lengths", "scaling", "depths"):
         if getattr(opt, name, True) == []:
             raise SystemExit(f"--{name} without a value: give one, or leave it away")
     evaluate, draw = {Perplexity: (perplexity, draw_perplexity), Passkey: (evaluate_passkey, draw_passkey),
-                      Stream: (stream, draw_stream)}[type(opt)]
+                      Lengths: (compare_lengths, draw_lengths), Stream: (stream, draw_stream)}[type(opt)]
     logging.basicConfig(format="%(message)s")  # to stderr
     logging.getLogger("nanolong").setLevel(logging.INFO)
     try:

@@ -208,8 +208,90 @@ def test_passkey_mistakes(argv, message, tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())  # it is found before any work
 
 
+@torch.no_grad()
+def test_lengths_command(tmp_path, monkeypatch, capsys):
+    """The same targets at every length and scaling, by the logits of one pass over so many tokens."""
+    monkeypatch.setattr(evaluation, "RESULTS", tmp_path)
+    (tmp_path / "yarn8.json").write_text(json.dumps({"rope_scaling": {"rope_type": "yarn", "factor": 8}}))
+    main(["lengths", "--model", STORIES, "--text", BOOK, "--lengths", "256", "64", "1024", "--scaling", "as-is", "none",
+          "linear", str(tmp_path / "yarn8.json"), "--targets", "32", "--windows", "3", "--batch-size", "2", "--copy", "20",
+          "--name", "l"])
+    result = json.loads((tmp_path / "l.json").read_text())
+    tokenizer = load_tokenizer(STORIES)
+    ids = tokenizer.encode(open(BOOK, encoding="utf-8").read())
+    n = len(ids) - 1024  # places
+    windows = torch.stack([torch.tensor(ids[at:at + 1025]) for at in (n // 6, n // 2, 5 * n // 6)])
+    linear = {"rope_type": "linear", "factor": 2}  # 1024 over the trained 512
+    yarn = {"rope_type": "yarn", "factor": 8, "original_max_position_embeddings": 512}
+    assert [v["rope_scaling"] for v in result["variants"]] == [None, None, linear, yarn]
+    assert [v["label"] for v in result["variants"]] == ["as-is", "none", "linear", "yarn8"]
+    for variant in result["variants"]:
+        model = GPT.from_pretrained(STORIES, rope_scaling=variant["rope_scaling"])
+        assert [c["length"] for c in variant["cells"]] == [64, 256, 1024]
+        for cell in variant["cells"]:
+            x = windows[:, -cell["length"] - 1:-1].clone()
+            x[:, :len(tokenizer.prefix)] = torch.tensor(tokenizer.prefix, dtype=torch.int64)
+            nll = F.cross_entropy(model(x)[0][:, -32:].mT, windows[:, -32:], reduction="none").double()
+            assert cell["ppl"] == pytest.approx(float(nll.mean().exp()), rel=1e-4)
+            assert cell["window_nll"] == pytest.approx(nll.mean(1).tolist(), rel=1e-4)
+            nbytes = len(b"".join(tokenizer.decode(w[-32:]) for w in windows))
+            assert cell["bits_per_byte"] == pytest.approx(float(nll.sum()) / math.log(2) / nbytes, rel=1e-4)
+    assert result["variants"][0]["cells"] == result["variants"][1]["cells"]
+    ppl = [[c["ppl"] for c in v["cells"]] for v in result["variants"]]
+    assert ppl[0][2] != ppl[2][2] != ppl[3][2]
+    out = capsys.readouterr().out
+    assert "yarn8" in out and "1024" in out and out.count("copied (guessed), %") == 4
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "l.png").stat().st_size > 10_000
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", [[], [7]])
+def test_copied(prefix):
+    """By the logits of the whole text, and what is guessed by those of the copy alone."""
+    model, windows = tiny("full"), torch.randint(0, 300, (40, 65))
+    expected = torch.zeros(2)
+    for window in windows:
+        window = [*prefix, *window[len(prefix):].tolist()]
+        text = window[:-8] + window[len(prefix):len(prefix) + 8]
+        for i, x in enumerate((text, prefix + text[-8:])):
+            expected[i] += (model(torch.tensor([x]))[0][0, -5:-1].argmax(-1) == torch.tensor(x[-4:])).sum()
+    assert evaluation.copied(model, windows, 8, prefix, 16) == pytest.approx((expected / 160).tolist())
+
+    class Copier:  # predicts what stood 57 tokens, the copy's distance, before the next one
+        wte, output_weight = model.wte, torch.eye(300)
+
+        def hidden(self, x):
+            return F.one_hot(x.roll(56, 1), 300).float()
+
+    assert evaluation.copied(Copier(), windows, 8, [], 16)[0] == 1
+
+
+def test_copying_of_a_real_model(smollm2):
+    """SmolLM2-135M copies nearly everything from 192 tokens back, and what it copies it would seldom guess."""
+    windows = evaluation.read_windows([BOOK], load_tokenizer(smollm2), 4, 256)
+    share, guessed = evaluation.copied(GPT.from_pretrained(str(smollm2)), windows, 64, [], 4)
+    assert share > 0.9 and guessed < 0.6
+
+
 @pytest.mark.parametrize("argv, message", [
-    (["--attention", "4-60"], "--attention 4-60: write as-is, full, SINKS.WINDOW as in 4.1020"),
+    (["--lengths", "64", "10000000"], "0 place.s. for 2 windows of 10000001 tokens inside one text, the longest has"),
+    (["--scaling", "yran"], "rope_scaling yran: it must be one of default, linear"),
+    (["--scaling", '{"rope_type": "yarn", "fakter": 2}'], "does not know fakter"),
+    (["--lengths", "64", "128", "--targets", "65"], "--lengths 64 with --targets 65: the shortest must be at least 65"),
+    (["--copy", "33"], "--lengths 64 with --copy 33: the shortest must be at least 66, or --copy at most 32"),
+    (["--copy", "1"], "--copy 1: it must be 0"), (["--windows", "0"], "windows is 0: it must be at least 1"),
+    (["--alibi-scale", "0.5"], "alibi_scale 0.5 needs position 'alibi'"), (["--scaling"], "--scaling without a value"),
+    (["--attention", "recompute+60"], "recompute.60 keeps no state"), (["--text", "nowhere.txt"], "cannot read")])
+def test_lengths_mistakes(argv, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        main(["lengths", "--model", STORIES, "--lengths", "64", "--targets", "16", "--copy", "8", "--windows", "2", *argv])
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--attention", "4-60"], "--attention 4-60: write as-is, full, blockwise, SINKS.WINDOW as in 4.1020"),
     (["--text", "nowhere.txt"], "cannot read nowhere.txt"), (["--text", "config"], "no .txt files in config"),
     (["--tokens", "10000000"], "tokens, --tokens is 10000000: use more text or --tokens"),
     (["a", "--model", "b"], "run a and --model b: give one of them"), (["--attention", "4+600"], "set window to 508"),
