@@ -776,7 +776,11 @@ def test_recipes_load_and_make_a_model(path, llama):
     config = train.load_config(path) if "TrainConfig" in path.read_text() else pytest.skip("another script's recipe")
     if config.init_from is not None:  # the hub's model may be out of reach: a small one of its family
         config = replace(config, init_from=str(llama))
+    if (config.rope_scaling or "").endswith(".json"):  # the result of a search
+        factors = dict(short_factor=[1.0] * 4, long_factor=[1.0, 2.0, 3.0, 4.0], factor=16.0)
+        config = replace(config, rope_scaling=json.dumps(dict(rope_type="longrope", **factors)))
     config, wanted = train.choose_model(config)[:2]
+    assert wanted.block_size == config.block_size and (config.pose_target is None or wanted.rope_scaling["factor"] > 1)
     with torch.device("meta"):
         model = GPT(wanted)
     assert train.resolve_batch(config, 1)[1] >= 1 and model.config.n_layer == config.n_layer
