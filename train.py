@@ -6,6 +6,7 @@ The trainer, in one file: one process or torchrun, CPU, MPS or CUDA.
     torchrun --nproc-per-node 8 train.py config/pg19_124m.py
     python train.py config/quickstart.py --resume=auto   goes on from the latest checkpoint
     python train.py --init-from HuggingFaceTB/SmolLM2-135M --block-size 1024 --attention window
+    python train.py --init-from runs/quickstart --pose-target 4096 --rope-scaling yarn      a longer context, by PoSE
 
 Every run writes runs/<name>/: config.json, metrics.jsonl, log.txt, step_*/ checkpoints and at its end loss.png.
 SIGTERM and Ctrl-C save a checkpoint at the end of the step and exit with 143 and 130. A user's mistake is one line on
@@ -91,7 +92,7 @@ class TrainConfig:
     head_dim: int | None = None  # of each head (default: n_embd / n_head, or init_from's)
     n_inner: int | None = None  # width of the MLP (default: 4 n_embd, about 8/3 n_embd for swiglu, or init_from's)
     block_size: int | None = None  # tokens per training sequence (default: 256, or init_from's)
-    attention: str | None = None  # full, window, infini or a pattern: window,full (default: full, or init_from's)
+    attention: str | None = None  # full, window, infini, blockwise or a pattern: window,full (default: full, or init_from's)
     window: int | None = None  # keys that a window layer's query sees (default: block_size - sinks, or init_from's)
     sinks: int | None = None  # first tokens, which window layers see always (default: 4, or init_from's)
     segment: int | None = None  # tokens of an infini layer's segment (default: block_size / 16, or init_from's)
@@ -100,7 +101,7 @@ class TrainConfig:
     memory_norm: float | None = None  # RMSNorm of the memory's queries and keys; its weights start here (default: none)
     sink_logit: Flag = None  # a learned logit per head in the softmax's denominator (default: no, or init_from's)
     sink_tokens: int | None = None  # learned vectors in front of every sequence (default: 0, or init_from's)
-    position: str | None = None  # rope, alibi or none (default: rope, or init_from's)
+    position: str | None = None  # rope, xpos, alibi or none (default: rope, or init_from's)
     rope_base: float | None = None  # larger turns slower: for longer context (default: 10000, or init_from's)
     rope_fraction: float | None = None  # of each head that is rotated (default: 1, or init_from's)
     # a family (linear, ntk, yarn, ...), JSON, or a JSON file's path; a config file may give a dict (default: init_from's).
@@ -291,11 +292,11 @@ def scaling_of(config: TrainConfig, base: dict, block_size: int) -> dict:
 def check_used(config: TrainConfig, c: GPTConfig):
     """ValueError, one line, for an option that this model or this data has no use for, or that excludes another."""
     window, infini, passkey = "window" in c.attention, "infini" in c.attention, is_passkey(config)
-    model = f"attention {c.attention} with position {c.position}"
+    model, rotary = f"attention {c.attention} with position {c.position}", c.position in ("rope", "xpos")
     for option, used, what in (("window", window, model), ("sinks", window, model), ("segment", infini, model),
                                ("memory_rule", infini, model), ("memory_beta", infini, model), ("memory_norm", infini, model),
                                ("gate_lr", infini, model),
-                               ("rope_base", c.position == "rope", model), ("rope_fraction", c.position == "rope", model),
+                               ("rope_base", rotary, model), ("rope_fraction", rotary, model),
                                ("answer_only", passkey, f"data {config.data}"),
                                ("pose_chunks", config.pose_target is not None, "training without pose_target"),
                                ("pose_content_skip", config.pose_target is not None, "training without pose_target")):
@@ -314,14 +315,16 @@ def check_used(config: TrainConfig, c: GPTConfig):
             if wrong:
                 raise ValueError(f"carry_memory with {why}")
     if config.pose_target is not None:
-        for wrong, why in ((config.pose_target < c.block_size, f"block_size {c.block_size}: the target is the longer one; use "
-                            f"--pose-target {16 * c.block_size}, 16 times as long, or --block-size {config.pose_target} at most"),
-                           (c.position != "rope", f"position {c.position}: positions can skip in rotary models alone; use "
+        for wrong, why in ((config.pose_target < c.block_size, f"block_size {c.block_size}: the target is the longer one; use --pose-target "
+                            f"{16 * c.block_size}, 16 times as long, or --block-size {config.pose_target} at most"),
+                           (c.position != "rope", f"position {c.position}: only those of rope can skip; use "
                             "--position rope, or leave pose_target away"),
                            (set(c.layer_kinds) != {"full"}, f"attention {c.attention}: only full attention meets distances "
                             "that long; use --attention full, or leave pose_target away"),
                            ((config.pose_chunks or 2) > c.block_size, f"pose_chunks {config.pose_chunks or 2} and block_size "
                             f"{c.block_size}: a chunk has a token at least; use --pose-chunks {c.block_size} at most"),
+                           ("dynamic" in (c.rope_scaling or {}).values(), "rope_scaling dynamic: it goes by the length of a "
+                            "text, which PoSE's sequences do not have; use --rope-scaling ntk, the same for one length"),
                            (config.mask_documents, "mask_documents: each sequence is inside one document already"),
                            (passkey, "data/passkey: a task's place is its text's, which must not skip")):
             if wrong:
