@@ -449,7 +449,11 @@ def scaling_fields(scaling: str, name: str, target: int) -> dict:
         return {} if scaling == "as-is" else dict(rope_scaling=None)
     fields = load_fields(find_folder(name))[0]
     trained = (fields.get("rope_scaling") or {}).get("original_max_position_embeddings", fields["block_size"])
-    return dict(rope_scaling=read_rope_scaling(scaling, trained, target))
+    read = read_rope_scaling(scaling, trained, target)
+    if scaling == read.get("rope_type") and read.get("factor", 1) < 1:
+        raise ValueError(f"--scaling {scaling}: the longest of --lengths is {target}, the model was trained on {trained}: there "
+                         f"is nothing to extend; add a longer one, or write {{\"rope_type\": \"{scaling}\", \"factor\": 4}}")
+    return dict(rope_scaling=read)
 
 
 def compare_lengths(opt: Lengths) -> dict:
@@ -507,9 +511,13 @@ def draw_lengths(result: dict, axes):
         axes[1].plot([c["length"] for c in guessed], [100 * c["guessed"] for c in guessed], "k:", label="guessed, unseen")
     axes[0].set(ylabel=f"perplexity of the last {result['options']['targets']} tokens", yscale="log")
     axes[1].set(ylabel="tokens copied right, percent" if copying else "bits per byte", ylim=(0, None))
+    from matplotlib.ticker import LogFormatter, NullLocator
+    for which in ("major", "minor"):  # 150, not 1.5 x 10^2
+        getattr(axes[0].yaxis, f"set_{which}_formatter")(LogFormatter(minor_thresholds=(2, 0.7)))
     for ax in axes:
-        ax.set(xlabel="tokens that the model sees")
-        ax.set_xscale("log", base=2)
+        ax.set(xlabel="tokens that the model sees", xscale="log")
+        ax.set_xticks(n, labels=map(str, n))
+        ax.xaxis.set_minor_locator(NullLocator())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -276,6 +276,7 @@ def test_copying_of_a_real_model(smollm2):
 
 @pytest.mark.parametrize("argv, message", [
     (["--lengths", "64", "10000000"], "0 place.s. for 2 windows of 10000001 tokens inside one text, the longest has"),
+    (["--scaling", "none", "yarn"], "--scaling yarn: the longest of --lengths is 64, the model was trained on 512"),
     (["--scaling", "yran"], "rope_scaling yran: it must be one of default, linear"),
     (["--scaling", '{"rope_type": "yarn", "fakter": 2}'], "does not know fakter"),
     (["--lengths", "64", "128", "--targets", "65"], "--lengths 64 with --targets 65: the shortest must be at least 65"),
