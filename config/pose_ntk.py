@@ -1,5 +1,6 @@
 """
-From 256 bytes to 4096, on sequences of 256: PoSE (arXiv 2309.10400) with NTK-aware scaling. Half a minute on two CPU cores.
+From 256 bytes to 4096, on sequences of 256: PoSE (arXiv 2309.10400) with NTK-aware scaling. Under a minute on two CPU
+cores.
 
     python train.py config/quickstart.py --name quickstart
     python train.py config/pose_ntk.py --name pose_ntk

@@ -1,5 +1,5 @@
 """
-From 256 bytes to 4096, on sequences of 256: PoSE (arXiv 2309.10400) with YaRN (arXiv 2309.00071). Half a minute on two
+From 256 bytes to 4096, on sequences of 256: PoSE (arXiv 2309.10400) with YaRN (arXiv 2309.00071). Under a minute on two
 CPU cores.
 
     python train.py config/quickstart.py --name quickstart
