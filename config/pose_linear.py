@@ -1,15 +1,16 @@
 """
-From 256 bytes to 4096, on sequences of 256: PoSE (arXiv 2309.10400) with linear scaling, Position Interpolation (arXiv
-2306.15595). About a minute on two CPU cores.
+From 256 bytes to 4096, on sequences of 256: PoSE (arXiv 2309.10400) with linear scaling, Position Interpolation
+(arXiv 2306.15595). About a minute on two CPU cores.
 
     python train.py config/quickstart.py --name quickstart
     python train.py config/pose_linear.py --name pose_linear
     python eval.py lengths pose_linear
 
-Each sequence is two pieces of a book, and the second one's positions skip up to 3840 ahead: attention meets all distances
-below 4096 at the cost of 256. Linear scaling divides every frequency by 16, so that no angle is new; but neighbours are
-16 times closer than the model has learnt to tell apart, and it must learn that anew: it needs more steps, and larger ones,
-than config/pose_ntk.py and config/pose_yarn.py (at their rate and length it ended at 3.13 bits/byte, so at 2.63).
+Each sequence is two pieces of a book, and the second one's positions skip up to 3840 ahead: attention meets all
+distances below 4096 at the cost of 256. Linear scaling divides every frequency by 16, so that no angle is new; but
+neighbours are 16 times closer than the model has learnt to tell apart, and it must learn that anew: it needs more
+steps, and larger ones, than config/pose_ntk.py and config/pose_yarn.py (at their rate and length it ended at 3.13
+bits/byte, so at 2.63).
 """
 
 from train import TrainConfig

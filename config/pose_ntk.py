@@ -6,8 +6,9 @@ cores.
     python train.py config/pose_ntk.py --name pose_ntk
     python eval.py lengths pose_ntk
 
-A larger base: the fastest dims turn as before, the slowest one 16 times slower, exactly as linear scaling has it. Those in
-between are slowed less than that and see some angles that are new. See config/pose_linear.py for what PoSE does.
+A larger base: the fastest dims turn as before, the slowest one 16 times slower, exactly as linear scaling has it.
+Those in between are slowed less than that and see some angles that are new. See config/pose_linear.py for what PoSE
+does.
 """
 
 from train import TrainConfig

@@ -5,9 +5,9 @@ SmolLM2-135M from 8k tokens to 128k, on sequences of 8192: PoSE (arXiv 2309.1040
     python train.py config/pose_smollm2_128k.py --tokenizer PATH/tokenizer.json
     python train.py config/pose_smollm2_128k.py --init-from FOLDER_OR_HUB_ID ...     any Llama, Mistral or Qwen2
 
-YaRN's factor is 16. Sequences are as long as the model was trained at: a window of 2048 would do for the distances, but
-two pieces of 4096 tokens on average 40,000 tokens apart have more to say to each other.
-This recipe has not been run by us: nothing in it is tuned.
+YaRN's factor is 16. Sequences are as long as the model was trained at: a window of 2048 would do for the distances,
+but longer pieces of a text have more to say to each other. This recipe has not been
+run by us: nothing in it is tuned.
 """
 
 from train import TrainConfig

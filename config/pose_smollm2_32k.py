@@ -5,9 +5,9 @@ SmolLM2-135M from 8k tokens to 32k, on sequences of 2048: PoSE (arXiv 2309.10400
     python train.py config/pose_smollm2_32k.py --tokenizer PATH/tokenizer.json
     python train.py config/pose_smollm2_32k.py --init-from FOLDER_OR_HUB_ID ...     any Llama, Mistral or Qwen2
 
-YaRN's factor is 4, from the 8192 tokens that the model was trained at; the sequences may be shorter than that, as PoSE's
-first to last position is 32768 all the same. The paper trains at 2048, too.
-This recipe has not been run by us: nothing in it is tuned.
+YaRN's factor is 4, from the 8192 tokens that the model was trained at; the sequences may be shorter than that, as
+PoSE's first to last position is 32768 all the same. The paper trains at 2048, too. This recipe has not been run by
+us: nothing in it is tuned.
 """
 
 from train import TrainConfig

@@ -1,14 +1,14 @@
 """
-From 256 bytes to 4096, on sequences of 256: PoSE (arXiv 2309.10400) with YaRN (arXiv 2309.00071). Under a minute on two
-CPU cores.
+From 256 bytes to 4096, on sequences of 256: PoSE (arXiv 2309.10400) with YaRN (arXiv 2309.00071). Under a minute on
+two CPU cores.
 
     python train.py config/quickstart.py --name quickstart
     python train.py config/pose_yarn.py --name pose_yarn
     python eval.py lengths pose_yarn
 
-Dims that turn more than 32 times in the trained length stay, those that turn less than once slow down 16 times, and the
-logits grow by (0.1 ln 16 + 1)^2 = 1.63, as there is more to choose from. The one to begin with. See config/pose_linear.py
-for what PoSE does.
+Dims that turn more than 32 times in the trained length stay, those that turn less than once slow down 16 times, and
+the logits grow by (0.1 ln 16 + 1)^2 = 1.63, as there is more to choose from. The one to begin with. See
+config/pose_linear.py for what PoSE does.
 """
 
 from train import TrainConfig
