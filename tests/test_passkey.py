@@ -93,8 +93,12 @@ def test_targets(tokenizer, answer_only):
     batch = PasskeySet(tokenizer, answer_only).train_batch(300, 3, 5, 0, 2, 4)
     assert batch.x.shape == batch.y.shape == (2, 4, 300) and batch.x.dtype == batch.y.dtype == torch.int64
     assert batch.docs is None and batch.n_valid == int((batch.y != IGNORE).sum())
-    starts = set()
+    starts, lengths = set(), set()
     for x, y in zip(batch.x.view(8, 300), batch.y.view(8, 300)):
+        n = int((y != IGNORE).nonzero()[-1]) + 1
+        assert 224 <= n <= 300 and not x[n:].any()
+        lengths.add(n)
+        x, y = x[:n], y[:n]
         target = y != IGNORE
         assert torch.equal(y[:-1][target[:-1]], x[1:][target[:-1]])  # the tokens after
         key = tokenizer.decode(y[target].tolist() if answer_only else y[-8:].tolist()).decode().split()[-1]
@@ -107,7 +111,7 @@ def test_targets(tokenizer, answer_only):
             starts.add(begin)
         else:
             assert target.all()
-    assert not answer_only or len(starts) > 4  # depths are random
+    assert len(lengths) > 4 and (not answer_only or len(starts) > 4)  # lengths and depths are random
 
 
 def test_global_batch_is_the_same_however_it_is_shared():

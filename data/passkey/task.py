@@ -92,12 +92,13 @@ def passkey(tokenizer: Tokenizer, length: int, depth: float, rng: np.random.Gene
 
 class PasskeySet:
     """
-    Passkey tasks without end, as train.py reads a data set: one task of block_size + 1 tokens per sequence, at a random
-    depth, one of six at the very start and one at the very end: a long sequence would hardly ever show these. Nothing is
-    stored: a task is made from the seed, the step and its index in the global batch. answer_only: the targets are the
-    answer and the needle's second mention of the key, which teaches to copy it from nearby; every other one is IGNORE.
-    Else all tokens are targets. Four tasks of five, and all where it does not fit, are without the description: so short
-    sequences hold some filler, and a memory can be taught segment by segment.
+    Passkey tasks without end, as train.py reads a data set: one task per sequence, of between 3/4 of block_size and
+    block_size + 1 tokens, so that the question lies anywhere in a segment (what follows the answer is 0 and no target);
+    at a random depth, one of six at the very start and one at the very end: a long sequence would hardly ever show these.
+    Nothing is stored: a task is made from the seed, the step and its index in the global batch. answer_only: the targets
+    are the answer and the needle's second mention of the key, which teaches to copy it from nearby; every other one is
+    IGNORE. Else all tokens are targets. Four tasks of five, and all where it does not fit, are without the description:
+    so short sequences hold some filler, and a memory can be taught segment by segment.
     """
 
     def __init__(self, tokenizer: Tokenizer, answer_only: bool = True):
@@ -133,11 +134,13 @@ class PasskeySet:
             if sample is None:
                 continue
             rng = sample_rng(*sample)
-            described = rng.random() < 0.2 and T + 1 >= least_length(self.tokenizer)
+            least = least_length(self.tokenizer, described=False)
+            length = int(rng.integers(max(least, (T + 1) * 3 // 4), T + 2))
+            described = rng.random() < 0.2 and length >= least_length(self.tokenizer)
             depth = min(1.0, max(0.0, rng.uniform(-0.25, 1.25)))
-            task = passkey(self.tokenizer, T + 1, depth, rng, described)
+            task = passkey(self.tokenizer, length, depth, rng, described)
             ids = np.concatenate([task.prompt, task.answer])
-            wanted = np.full(T + 1, not self.answer_only)
+            wanted = np.full(length, not self.answer_only)
             wanted[len(task.prompt):] = wanted[task.again] = True
-            x[row], y[row] = ids[:-1], np.where(wanted, ids, IGNORE)[1:]
+            x[row, :length - 1], y[row, :length - 1] = ids[:-1], np.where(wanted, ids, IGNORE)[1:]
         return Batch(torch.from_numpy(x), torch.from_numpy(y), None, int((y != IGNORE).sum()))
