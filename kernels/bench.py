@@ -210,11 +210,33 @@ def alibi_cases():
                timed=[dict(B=1, T=4096, H=32, D=64)], compiled=lambda arch: [], name="ALiBi")
 
 
+def xpos_cases():
+    """Causal attention with xPos, against every score written out."""
+    def make(device, dtype, B, T, H, D):
+        return [randn(device, dtype, B, T, H, D) for _ in range(3)]
+
+    def plain(q, k, v):  # exponents relative to the middle: float32 and bfloat16 hold 36,260 tokens either way
+        (T, _, D), exact = q.shape[1:], torch.promote_types(q.dtype, torch.float32)
+        zeta = (torch.arange(D // 2, device=q.device, dtype=exact) * 2 / D + 0.4) / 1.4
+        n = (torch.arange(T, device=q.device, dtype=exact) - T // 2) / 512
+        factors = zeta.repeat(2) ** n[:, None, None]
+        return sdpa(SDPBackend.MATH if q.dtype == torch.float64 else SDPBackend.EFFICIENT_ATTENTION)(
+            *(x.to(q.dtype) for x in (q * factors, k / factors)), v)
+
+    yield Case("attention", make, lambda q, k, v: attention(q, k, v, xpos=q.shape[3]), plain, plain,
+               {"scaled, sdpa": plain},
+               lambda which, element, B, T, H, D: 2 * B * H * T * T * D * (2.5 if which == "bwd" else 1), "TFLOP/s",
+               tiny=dict(B=1, T=50, H=2, D=64), small=dict(B=1, T=1500, H=32, D=64),
+               timed=[dict(B=1, T=8192, H=H, D=D) for H, D in ((32, 64), (16, 128))], compiled=lambda arch: [],
+               name="xPos")
+
+
 def attention_cases():
     """Attention: causal against every peer, and the variants that are compiled ahead of time."""
     yield from window_cases()
     yield from segment_cases()
     yield from alibi_cases()
+    yield from xpos_cases()
 
     def make(device, dtype, B, T, H, G, D):
         return [randn(device, dtype, B, T, heads, D) for heads in (H, G, G)]
@@ -224,12 +246,12 @@ def attention_cases():
         exact = SDPBackend.MATH if q.dtype == torch.float64 else SDPBackend.EFFICIENT_ATTENTION
         return sdpa(exact)(q, k, v)
 
-    def variant(q, k, v, docs=False, alibi=False, window=None):
+    def variant(q, k, v, docs=False, alibi=False, xpos=False, window=None, **options):
         slopes = torch.ones(q.shape[2], device=q.device) if alibi else None
         sinks = None if window is None else (q, k[:, :SINKS], v[:, :SINKS])
         ids = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device) if docs else None
-        out, lse = attention(q, k, v, window=window, sinks=sinks, alibi_slopes=slopes, q_docs=ids, k_docs=ids,
-                             return_lse=True)
+        out, lse = attention(q, k, v, window=window, sinks=sinks, alibi_slopes=slopes, xpos=q.shape[3] if xpos else None,
+                             q_docs=ids, k_docs=ids, return_lse=True, **options)
         return out.float().sum() + lse.sum() if docs else out
 
     def tiles(arch):  # every entry of the tile table
@@ -247,7 +269,11 @@ def attention_cases():
             variants={"full": functools.partial(attention, causal=False),
                       "docs, lse": functools.partial(variant, docs=True),
                       "window, sinks": functools.partial(variant, window=100),
-                      "window, sinks, alibi": functools.partial(variant, window=100, alibi=True)})
+                      "window, sinks, alibi": functools.partial(variant, window=100, alibi=True),
+                      "segment, lookback": functools.partial(variant, segment=100, lookback=1),
+                      "xpos": functools.partial(variant, xpos=True),
+                      "docs, lse, xpos": functools.partial(variant, docs=True, xpos=True),
+                      "window, sinks, xpos": functools.partial(variant, window=100, xpos=True)})
 
 
 def decode_cases():
@@ -274,6 +300,9 @@ def decode_cases():
         out, lse = decode_attention(q, k, v, position, sinks=4, return_lse=True)
         return out.float().sum() + lse.sum()
 
+    def xpos(q, k, v, position, turns, *_):
+        return decode_attention(q, k, v, position, inv_freq=turns, xpos=q.shape[3], segment=128, lookback=1)
+
     def ref(q, k, v, position, turns, *_):
         return decode_attention_ref(q, k, v, position, sinks=4, scale=q.shape[3] ** -0.5, inv_freq=turns)[0]
 
@@ -294,7 +323,7 @@ def decode_cases():
             lambda which, element, B, N, H, G, D: 2 * B * N * G * D * element, "GB/s",
             tiny=dict(B=2, N=70, H=2, G=2 if G == H else 1, D=D), small=dict(B=2, N=1000, H=H, G=G, D=D),
             timed=[dict(B=B, N=N, H=H, G=G, D=D) for B, N in sizes], compiled=tiles,
-            variants={"no positions, lse": without_positions})
+            variants={"no positions, lse": without_positions, "xpos, segment, lookback": xpos})
 
 
 def merge_cases():

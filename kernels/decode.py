@@ -6,18 +6,23 @@ al., arXiv 2309.17453), where positions are assigned inside the cache.
     s_t = scale * (R(c(p)) q) . (R(c(t)) k_t) - slope (c(p) - c(t)),   out = sum_t softmax(s)_t v_t
     p < S + W: c(t) = t.   Else: c(t) = t for t < S, S + W - 1 - (p - t) for p - W < t <= p; other tokens are gone.
 
+xPos (Sun et al., arXiv 2212.10554) multiplies what the dims i and i + R add to a score by zeta_i^((c(p) - c(t)) / 512),
+zeta_i < 1. With segments of N and a lookback of A, only tokens t with t // N >= p // N - A are seen.
+
 q (B, 1, H, D); k, v (B, S + W, G, D), token t in slot t for t < S, else in slot S + (t - S) % W. The caches of the
 released code hold shifting copies; here nothing moves, and a slot is rotated when it is read.
 
 A program holds the query heads of one kv head, 16 at most, and walks its share of the cache in order of in-cache
 position, where a block of keys starts at some c and is consecutive: it rotates them by 0, 1, 2 ... (the same cos and
-sin for every block) and the queries by c(p) - c instead, since a score depends on the distance only. Shares are
+sin for every block) and the queries by c(p) - c instead, since a score depends on the distance only; xPos' factors
+are split alike, and stay within 0 .. 1.2. With segments the walk starts at the first token that is seen. Shares are
 partial results in float32, merged by a second kernel. The position is read on the device, so a CUDA graph can be
 replayed for each token. Bytes moved, e per element: 2 B n G D e for n keys in the cache.
 """
 
 import torch
 
+from kernels.attention import _xpos_exponents, xpos_exponents
 from kernels.backend import arch, dot_precision, register, tl, triton, use_triton
 from kernels.rope import cos_sin, rope_ref, rope_turns
 
@@ -25,7 +30,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-def decode_attention_ref(q, k, v, position, *, sinks, scale, inv_freq=None, attention_factor=1.0, alibi_slopes=None):
+def decode_attention_ref(q, k, v, position, *, sinks, scale, inv_freq=None, attention_factor=1.0, alibi_slopes=None,
+                         xpos=None, segment=None, lookback=0):
     """
     The meaning of `decode_attention`, in plain torch: (out in q's dtype, lse in float32, or float64 for float64). Here
     `position` is a tensor.
@@ -35,8 +41,13 @@ def decode_attention_ref(q, k, v, position, *, sinks, scale, inv_freq=None, atte
     last = position.clamp(max=N - 1)  # the new token's in-cache position
     where = torch.where(slots < sinks, slots, last - (position - slots) % (N - sinks))  # each slot's
     hidden = slots > position  # not written yet
+    if segment is not None:
+        hidden = hidden | (where + (position - last) < (position // segment - lookback) * segment)
     if inv_freq is not None:
         q, k = rope_ref(q, last, inv_freq, attention_factor), rope_ref(k, where, inv_freq, attention_factor)
+    if xpos is not None:
+        exponents = xpos_exponents(xpos, D, acc, q.device)
+        k = k.to(acc) * ((last - where)[:, None] * exponents).exp2()[:, None]
     s = q.to(acc).view(B, G, H // G, D) @ k.to(acc).permute(0, 2, 3, 1) * scale
     if alibi_slopes is not None:
         s = s - alibi_slopes.to(acc).view(G, H // G, 1) * (last - where)
@@ -63,10 +74,11 @@ def _load(X, dims, mask, size):
     return tl.load(X + dims[None, :], mask & (dims < size)[None, :], 0.0)
 
 
-@triton.jit(do_not_specialize=["slots", "sinks"])
-def _decode_kernel(Q, K, V, POSITION, TURNS, SLOPES, OUT, LSE, slots, sinks, stride_qb, stride_qh, stride_kb, stride_kt,
-                   stride_kh, stride_vb, stride_vt, stride_vh, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-                   R: tl.constexpr, FACTOR: tl.constexpr, ALIBI: tl.constexpr, SCALE: tl.constexpr,
+@triton.jit(do_not_specialize=["slots", "sinks", "segment", "lookback"])
+def _decode_kernel(Q, K, V, POSITION, TURNS, SLOPES, ZETA, OUT, LSE, slots, sinks, segment, lookback,
+                   stride_qb, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+                   H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, R: tl.constexpr, FACTOR: tl.constexpr,
+                   ALIBI: tl.constexpr, XPOS: tl.constexpr, SEGMENT: tl.constexpr, SCALE: tl.constexpr,
                    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_TAIL: tl.constexpr):
     row_blocks: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
@@ -88,8 +100,12 @@ def _decode_kernel(Q, K, V, POSITION, TURNS, SLOPES, OUT, LSE, slots, sinks, str
     window = slots - sinks
     # in-cache position c >= sinks lies in slot sinks + (c - sinks + oldest) % window
     oldest = tl.where(position < slots, 0, (position - sinks + 1) % window).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(last + 1, BLOCK_N), tl.num_programs(1)) * BLOCK_N
-    first = tl.program_id(1) * share
+    seen = 0  # the first in-cache position that is
+    if SEGMENT:
+        token = (position // segment - lookback) * segment
+        seen = tl.minimum(tl.maximum(0, token - (position - last)), slots).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(last + 1 - seen, BLOCK_N), tl.num_programs(1)) * BLOCK_N
+    first = seen + tl.program_id(1) * share
 
     if R > 0:
         turns = tl.load(TURNS + r, r < R, 0)
@@ -100,6 +116,11 @@ def _decode_kernel(Q, K, V, POSITION, TURNS, SLOPES, OUT, LSE, slots, sinks, str
         k_cos, k_sin = cos_sin(n.to(tl.int64)[:, None] * turns[None, :], ACC)
         k_cos *= FACTOR
         k_sin *= FACTOR
+        if XPOS:
+            zeta = tl.load(ZETA + r, r < R, 0.0)
+            k_decay = tl.exp2(-n.to(ACC)[:, None] * zeta[None, :])
+            k_cos *= k_decay
+            k_sin *= k_decay
     if D > 2 * R:
         b_qt = _load(Q + 2 * R, tail, row_mask, D - 2 * R)
     if ALIBI:
@@ -115,6 +136,10 @@ def _decode_kernel(Q, K, V, POSITION, TURNS, SLOPES, OUT, LSE, slots, sinks, str
         b_s = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         if R > 0:
             q_cos, q_sin = cos_sin((last - start).to(tl.int64) * turns, ACC)
+            if XPOS:
+                q_decay = tl.exp2((last - start).to(ACC) * zeta)
+                q_cos *= q_decay
+                q_sin *= q_decay
             b_ra, b_rb = _rotate(b_qa, b_qb, q_cos[None, :], q_sin[None, :], K.dtype.element_ty)
             b_ka = _load(K + slot * stride_kt, r, mask, R).to(ACC)
             b_kb = _load(K + slot * stride_kt + R, r, mask, R).to(ACC)
@@ -192,7 +217,7 @@ def _splits(q, programs, blocks):
     return max(1, min(2 * processors // programs, blocks, 64))
 
 
-def _decode_attention(q, k, v, position, turns, slopes, sinks, attention_factor, scale):
+def _decode_attention(q, k, v, position, turns, slopes, xpos, segment, lookback, sinks, attention_factor, scale):
     """-> out, and log2 of the softmax denominator (B, H, 1)."""
     (B, _, H, D), (_, N, G, _), acc = q.shape, k.shape, torch.promote_types(q.dtype, torch.float32)
     q, R = q if q.stride(3) == 1 else q.contiguous(), 0 if turns is None else turns.shape[0]
@@ -201,6 +226,7 @@ def _decode_attention(q, k, v, position, turns, slopes, sinks, attention_factor,
     if not B:
         return out, lse
     tile = _tile(q, R)
+    zeta = None if xpos is None else _xpos_exponents(xpos, D, acc, q.device)
     programs = B * G * triton.cdiv(H // G, tile["BLOCK_M"])
     splits = _splits(q, programs, triton.cdiv(N, tile["BLOCK_N"]))
     part, part_lse = out, lse
@@ -208,10 +234,10 @@ def _decode_attention(q, k, v, position, turns, slopes, sinks, attention_factor,
         part = torch.empty(B, H, splits, D, dtype=acc, device=q.device)
         part_lse = torch.empty(B, H, splits, dtype=acc, device=q.device)
     _decode_kernel[(programs, splits)](
-        q, k, v, position, turns if turns is None else turns.contiguous(), slopes, part, part_lse, N, sinks,
-        q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3], H=H, GROUP=H // G, D=D, R=R, FACTOR=attention_factor,
-        ALIBI=slopes is not None, SCALE=scale * LOG2E.value, PRECISION=dot_precision(q.dtype),
-        ACC=getattr(tl, str(acc)[6:]), **tile)
+        q, k, v, position, turns if turns is None else turns.contiguous(), slopes, zeta, part, part_lse, N, sinks,
+        segment or 1, lookback, q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3], H=H, GROUP=H // G, D=D, R=R,
+        FACTOR=attention_factor, ALIBI=slopes is not None, XPOS=xpos is not None, SEGMENT=segment is not None,
+        SCALE=scale * LOG2E.value, PRECISION=dot_precision(q.dtype), ACC=getattr(tl, str(acc)[6:]), **tile)
     if splits > 1:
         _combine_kernel[(B * H,)](part, part_lse, out, lse, SPLITS=splits, D=D,
                                   BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK_D=tile["BLOCK_D"], num_warps=4)
@@ -219,9 +245,9 @@ def _decode_attention(q, k, v, position, turns, slopes, sinks, attention_factor,
 
 
 register("decode_attention",
-         "(Tensor q, Tensor k, Tensor v, Tensor position, Tensor? turns, Tensor? slopes, int sinks, "
-         "float attention_factor, float scale) -> (Tensor, Tensor)", _decode_attention,
-         lambda q, k, v, position, turns, slopes, sinks, attention_factor, scale: (
+         "(Tensor q, Tensor k, Tensor v, Tensor position, Tensor? turns, Tensor? slopes, int? xpos, int? segment, "
+         "int lookback, int sinks, float attention_factor, float scale) -> (Tensor, Tensor)", _decode_attention,
+         lambda q, k, *_: (
              q.new_empty(q.shape),
              q.new_empty(q.shape[0], q.shape[2], 1, dtype=torch.promote_types(q.dtype, torch.float32))))
 
@@ -229,7 +255,7 @@ register("decode_attention",
 # ----------------------------------------------------------------------------------------------------------------------
 # public function
 
-def _validate(q, k, v, position, sinks, inv_freq, alibi_slopes, scale):
+def _validate(q, k, v, position, sinks, inv_freq, alibi_slopes, xpos, segment, lookback, scale):
     if q.dim() != 4 or q.shape[1] != 1 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or \
             q.shape[3] != k.shape[3]:
         raise ValueError(f"decode_attention: q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
@@ -260,6 +286,14 @@ def _validate(q, k, v, position, sinks, inv_freq, alibi_slopes, scale):
     if alibi_slopes is not None and (alibi_slopes.dtype != torch.float32 or alibi_slopes.shape != q.shape[2:3]):
         raise ValueError(f"decode_attention: alibi_slopes are {alibi_slopes.dtype}, of shape "
                          f"{tuple(alibi_slopes.shape)} for {q.shape[2]} query heads: they must be float32, one for each")
+    if xpos is not None and (inv_freq is None or xpos != 2 * inv_freq.shape[0]):
+        pairs = 0 if inv_freq is None else inv_freq.shape[0]
+        raise ValueError(f"decode_attention: xpos is {xpos}, it must be the number of rotated dims: 2 x {pairs} by inv_freq")
+    if segment is not None and segment < 1 or lookback < 0 or lookback and segment is None:
+        raise ValueError(f"decode_attention: segment is {segment} and lookback {lookback}: they must be at least 1 "
+                         "and 0, and a lookback needs a segment")
+    if segment is not None and sinks:
+        raise ValueError(f"decode_attention: segment is {segment} and sinks {sinks}: with segments there are no sinks")
     if scale <= 0:
         raise ValueError(f"decode_attention: scale is {scale}, it must be greater than 0")
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -267,8 +301,8 @@ def _validate(q, k, v, position, sinks, inv_freq, alibi_slopes, scale):
                          "torch.no_grad() or torch.inference_mode(), or train with `attention`")
 
 
-def decode_attention(q, k, v, position, *, sinks=0, inv_freq=None, attention_factor=1.0, alibi_slopes=None, scale=None,
-                     return_lse=False):
+def decode_attention(q, k, v, position, *, sinks=0, inv_freq=None, attention_factor=1.0, alibi_slopes=None, xpos=None,
+                     segment=None, lookback=0, scale=None, return_lse=False):
     """
     Attention of one new token per sequence over a ring-buffer cache, positions assigned inside the cache.
 
@@ -279,22 +313,25 @@ def decode_attention(q, k, v, position, *, sinks=0, inv_freq=None, attention_fac
     is read there: nothing on the host depends on it, so a CUDA graph that counts it up can be replayed.
     inv_freq: (R,) with 2 R <= D, as for `rope`, rotates q and keys by their in-cache positions, in pairs (i, i + R),
     times attention_factor; None rotates nothing. alibi_slopes: (H,) float32, -slope * in-cache distance is added to the
-    scaled score. scale > 0, default 1/sqrt(D).
+    scaled score. xpos=2 R: what dims i and i + R add to a score is multiplied by zeta_i^(in-cache distance / 512), with
+    zeta_i = (i / R + 0.4) / 1.4 (xPos, Sun et al., arXiv 2212.10554). segment=N, lookback=A, without sinks: only tokens t with
+    t // N >= p // N - A are seen, p the new token's index; time grows with N x (1 + A). scale > 0, default 1/sqrt(D).
     -> out (B, 1, H, D) in q's dtype, and with return_lse lse (B, H, 1) float32 (float64 for float64), natural
     logarithm. Inference only: ValueError where autograd would need its gradient, as for sizes, dtypes and positions
     that do not fit. A negative position in a tensor sees nothing: out 0, lse -inf. StreamingLLM, Xiao et al., arXiv
     2309.17453.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    _validate(q, k, v, position, sinks, inv_freq, alibi_slopes, scale)
+    _validate(q, k, v, position, sinks, inv_freq, alibi_slopes, xpos, segment, lookback, scale)
     if not isinstance(position, torch.Tensor):
         position = torch.full((1,), position, dtype=torch.int64, device=q.device)
     if use_triton(q):
         turns = None if inv_freq is None else rope_turns(inv_freq)
         slopes = None if alibi_slopes is None else alibi_slopes.contiguous()
-        out, log2_sum = torch.ops.nanolong.decode_attention(q, k, v, position, turns, slopes, sinks,
-                                                            float(attention_factor), scale)
+        out, log2_sum = torch.ops.nanolong.decode_attention(q, k, v, position, turns, slopes, xpos, segment,
+                                                            lookback, sinks, float(attention_factor), scale)
         return (out, log2_sum * LN2.value) if return_lse else out
     out, lse = decode_attention_ref(q, k, v, position, sinks=sinks, scale=scale, inv_freq=inv_freq,
-                                    attention_factor=attention_factor, alibi_slopes=alibi_slopes)
+                                    attention_factor=attention_factor, alibi_slopes=alibi_slopes, xpos=xpos,
+                                    segment=segment, lookback=lookback)
     return (out, lse) if return_lse else out

@@ -596,7 +596,7 @@ def _validate(q, k, v, beta, q_rot, k_rot, segment, rule, state, docs):
 
 
 def infini_attention(q, k, v, beta, *, q_rot, k_rot, segment, rule="delta", state=None, docs=None, scale=None,
-                     alibi_slopes=None):
+                     alibi_slopes=None, xpos=None):
     """
     Attention inside segments and a compressive memory of the segments before, mixed by a learned gate -> (out like q,
     (M, z)). Infini-attention, Munkhdalai et al., arXiv 2404.07143.
@@ -604,7 +604,7 @@ def infini_attention(q, k, v, beta, *, q_rot, k_rot, segment, rule="delta", stat
     k, v (B, Tk, G, D) start at a segment boundary: key j is in segment j // segment. q (B, Tq, H, D), H a multiple of G,
     D <= 256, are the last Tq of the Tk rows: all of them in training, fewer where a stream goes on inside a segment whose
     keys come again. q and k, un-rotated, go to the memory; q_rot and k_rot, like them and rotated, to causal attention
-    inside each segment, with `scale` (default 1/sqrt(D)) and alibi_slopes (H,) as in `attention`. beta (H,):
+    inside each segment, with `scale` (default 1/sqrt(D)), alibi_slopes (H,) and xpos as in `attention`. beta (H,):
     out = sigmoid(beta) A_mem + (1 - sigmoid(beta)) A_dot. rule: "delta" writes only what the memory does not yet
     return for a key, "linear" adds.
 
@@ -626,7 +626,7 @@ def infini_attention(q, k, v, beta, *, q_rot, k_rot, segment, rule="delta", stat
     q_docs = k_docs = None
     if docs is not None:
         q_docs, k_docs = docs[:, Tk - Tq:], docs
-    local = attention(q_rot, k_rot, v, segment=segment, q_start=Tk - Tq, scale=scale, alibi_slopes=alibi_slopes,
+    local = attention(q_rot, k_rot, v, segment=segment, q_start=Tk - Tq, scale=scale, alibi_slopes=alibi_slopes, xpos=xpos,
                       q_docs=q_docs, k_docs=k_docs)
     memory = _Memory.apply if use_triton(q) else _memory_ref
     with torch.autocast(q.device.type, enabled=False):  # the state is float32 there too

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "NANOLONG_KERNELS")}
 ARCHS = [*(pytest.param(arch, False, id=str(arch)) for arch in (80, 90, 100)),
          *(pytest.param(arch, True, id=f"{arch} whole", marks=pytest.mark.slow) for arch in aot.GPUS)]
-FEWER = (" full", " window, sinks", " linear, documents")  # "", "window, sinks, alibi", "documents" are in their place
+FEWER = (" full", " window, sinks", " linear, documents", " lse, xpos")  # "", "window, sinks, alibi" ... are in their place
 COMPILE = f"""
 import dataclasses, json, sys
 from kernels import aot, bench
@@ -83,8 +83,9 @@ class TestEveryKernel:
                   if key_arch == arch and (whole or element == 2 or arch == 90)}
         assert {f"D{block_d} bfloat16" for block_d in (64, 128, 256)} <= tables
         for tile in tables:
-            for variant in ("", " full", " docs, lse", " window, sinks", " window, sinks, alibi"):
-                if whole or variant not in FEWER:
+            for variant in ("", " full", " docs, lse", " window, sinks", " window, sinks, alibi", " segment, lookback",
+                            " xpos", " docs, lse, xpos", " window, sinks, xpos"):
+                if whole or not variant.endswith(FEWER):
                     assert names[f"B1 T256 H2 G1 {tile}{variant}"] == parts, (tile, variant)
             head_dim, dtype = tile.split()
             for variant in ("", " documents", " linear, documents"):
@@ -125,7 +126,7 @@ class TestEveryKernel:
 
     def test_decoding_uses_the_matrix_and_copy_units(self, rows, arch):
         half = [row for row in rows if row["name"] == "_decode_kernel" and "bfloat16" in row["label"]]
-        assert len(half) == 6  # three head dims, with and without positions
+        assert len(half) == 9  # three head dims: with and without positions, with xPos and segments
         assert_all(half, lambda row: row["mma"] > 0 and (row["cp_async"] > 0 or arch == "gfx"))
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers import LiveBytes, assert_close_2x, guarded, poisoned_empty
+from helpers import LiveBytes, assert_close_2x, guarded, poisoned_empty, relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import attention, merge_attention
@@ -13,8 +13,25 @@ from kernels.attention import _attention_bwd_ref, _attention_fwd_ref, _doc_range
 from kernels.merge import merge_attention_ref
 
 
-def every_score(q, k, v, scale=None, causal=True, window=None, sinks=None, segment=None, alibi_slopes=None, q_docs=None,
-                k_docs=None, q_start=0, k_start=0):
+def xpos_factors(xpos, q, k, sinks=None, window=None, q_start=0, k_start=0):
+    """
+    What q and k, and the sinks' q and k, are multiplied with: (T, 1, D) or 1. The exponents count from the first query,
+    however far: in float64 that reaches some 10^5 tokens ahead.
+    """
+    q_pos, k_pos = (torch.arange(x.shape[1]) + start for x, start in ((q, q_start), (k, k_start)))
+    distances = [(q_pos - q_start, q_start - k_pos)]
+    if sinks is not None:
+        S = sinks[1].shape[1]
+        q_pos = q_pos if window is None else q_pos.clamp(max=S + window - 1)
+        distances.append((q_pos - q_pos[:1], q_pos[:1] - torch.arange(S)))
+    if xpos is None:
+        return [(1.0, 1.0) for _ in distances]
+    zeta = [(2 * (i % (xpos // 2)) / xpos + 0.4) / 1.4 if i < xpos else 1.0 for i in range(q.shape[3])]
+    return [[(torch.tensor(zeta).double() ** (n[:, None] / 512))[:, None] for n in pair] for pair in distances]
+
+
+def every_score(q, k, v, scale=None, causal=True, window=None, sinks=None, segment=None, lookback=0, alibi_slopes=None,
+                xpos=None, q_docs=None, k_docs=None, q_start=0, k_start=0):
     """
     By the positions, one part of the definition at a time: what each query gives each key, the sinks first. Scores
     (B, H, Tq, S + Tk) in q's dtype, which of them count (B, 1, Tq, S + Tk), and the values (B, S + Tk, H, D).
@@ -28,10 +45,13 @@ def every_score(q, k, v, scale=None, causal=True, window=None, sinks=None, segme
     if window is not None:
         seen = seen & (distance < window)
     if segment is not None:
-        seen = seen & (q_pos.mT // segment == k_pos // segment)
+        back = q_pos.mT // segment - k_pos // segment
+        seen = seen & (back >= 0) & (back <= lookback)
     if q_docs is not None:
         seen = seen & (q_docs[:, None, :, None] == k_docs[:, None, None, :])
+    factors = xpos_factors(xpos, q, k, sinks, window, q_start, k_start)
     k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+    q, k = ((x * f).to(x.dtype) for x, f in zip((q, k), factors[0]))
     s = torch.einsum("bthd,bshd->bhts", q, k) * scale
     if sinks is not None:
         q_sink, k_sink, v_sink = sinks
@@ -40,6 +60,7 @@ def every_score(q, k, v, scale=None, causal=True, window=None, sinks=None, segme
         distance = torch.cat([to_sink, distance], 1)
         seen = torch.cat([(j <= q_pos.mT).expand(B, 1, *to_sink.shape), seen & (k_pos >= j.shape[1])], -1)
         k_sink, v_sink = (x.repeat_interleave(group, 2) for x in (k_sink, v_sink))
+        q_sink, k_sink = ((x * f).to(x.dtype) for x, f in zip((q_sink, k_sink), factors[1]))
         s = torch.cat([torch.einsum("bthd,bshd->bhts", q_sink, k_sink) * scale, s], -1)
         v = torch.cat([v_sink, v], 1)
     if alibi_slopes is not None:
@@ -67,20 +88,22 @@ def same_maths(q, k, v, douts, sinks=None, **options):
     delta = (dout * out).sum(-1).transpose(1, 2) - dlse
     ds = p * (torch.einsum("bthd,bshd->bhts", dout, v) - delta[..., None])
     result = dict(out=out, lse=lse)
-    for name, (q, k), columns in zip(("", "_sink"), ((q, k), (sinks or (None, None))[:2]), (slice(S, None), slice(S))):
-        if q is None:
-            break
+    factors = xpos_factors(options.get("xpos"), q, k, sinks, *(options.get(x, y) for x, y in (
+        ("window", None), ("q_start", 0), ("k_start", 0))))
+    for name, (q, k), (q_f, k_f), columns in zip(("", "_sink"), ((q, k), (sinks or ())[:2]), factors,
+                                                 (slice(S, None), slice(S))):
+        q, k = (q * q_f).to(q.dtype), (k * k_f).to(k.dtype)
         dk, dv = torch.einsum("bhts,bthd->bshd", ds[..., columns], q), torch.einsum("bhts,bthd->bshd", p[..., columns], dout)
         dk, dv = (x.view(*k.shape[:3], -1, D).sum(3) for x in (dk * scale, dv))
         dq = torch.einsum("bhts,bshd->bthd", ds[..., columns], k.repeat_interleave(q.shape[2] // G, 2)) * scale
-        result.update({f"dq{name}": dq, f"dk{name}": dk, f"dv{name}": dv})
+        result.update({f"dq{name}": dq * q_f, f"dk{name}": dk * k_f, f"dv{name}": dv})
     return result
 
 
 def draw_case(seed):
     """
     Arguments of one random call: sizes, options, layout. Consecutive seeds have window, sinks and ALiBi in turn, segments
-    two of three.
+    two of three, half of these a lookback; every other one xPos.
     """
     rng = random.Random(seed)
     B, G, group, D = rng.choice([1, 2]), rng.choice([1, 2]), rng.choice([1, 1, 2, 3]), rng.choice([8, 16, 24, 33, 64])
@@ -112,6 +135,9 @@ def draw_case(seed):
             options["q_start"], options["k_start"] = 31, 7  # a score of -10^8 has no digits left for the keys' differences
     if seed % 3:
         options["segment"] = rng.choice([rng.randint(6, 15), rng.randint(6, 40), 16, 10**9 + 10, 2**40])
+        options["lookback"] = rng.choice([0, 0, 1, 2, 10**9])
+    if seed % 4 in (0, 3):
+        options.update(xpos=min(D // 2 * 2, rng.choice([4, 64])), causal=True)
     return (B, Tq, Tk, S, G * group, G, D), options, layout
 
 
@@ -155,6 +181,7 @@ def run(f, inputs, douts, **options):
 def test_random_draws(seed, dtype, backend, monkeypatch):
     monkeypatch.setenv("NANOLONG_KERNELS", backend)
     monkeypatch.setattr(sys.modules["kernels.attention"], "SPLIT_BLOCKS", 1)  # several programs share the rows of a sink
+    monkeypatch.setattr(sys.modules["kernels.attention"], "XPOS_CHUNK", 16)  # each tile has factors of its own
     sizes, options, layout = draw_case(seed)
     torch.manual_seed(seed)
     inputs = tensors(sizes, layout, dtype)
@@ -175,12 +202,14 @@ def test_random_draws(seed, dtype, backend, monkeypatch):
         assert_close_2x(value, oracle[name], plain[name].to(value.dtype), f"{name} {sizes} {layout} {options}")
 
 
-def test_gradcheck(triton_kernels):
+def test_gradcheck(triton_kernels, monkeypatch):
+    monkeypatch.setattr(sys.modules["kernels.attention"], "XPOS_CHUNK", 16)
     inputs = tensors((1, 18, 20, 3, 2, 1, 4), "contiguous", torch.float64)
     inputs = [x.requires_grad_() for x in inputs]
     docs = dict(q_docs=torch.tensor([[0] * 4 + [1] * 14]), k_docs=torch.tensor([[0] * 9 + [1] * 11]))
     for n, options in ((3, dict(q_start=2)), (3, dict(causal=False, **docs)), (3, dict(causal=False, segment=7, q_start=2)),
-                       (6, dict(window=7, segment=9, q_start=2, alibi_slopes=torch.rand(2)))):
+                       (6, dict(window=7, segment=9, q_start=2, alibi_slopes=torch.rand(2))),
+                       (6, dict(segment=5, lookback=1, q_start=2, xpos=4))):
         def f(*x):
             first, more = with_sinks(x, options)
             return attention(*first, return_lse=True, **more)
@@ -285,12 +314,131 @@ def test_each_segment_is_a_call_of_its_own(N, q_start, k_start, Tq, Tk, causal, 
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("N, lookback, q_start, k_start, Tq, Tk", [
+    (16, 1, 0, 0, 70, 70), (24, 1, 29, 5, 60, 84), (7, 3, 40, 12, 30, 58),  # some keys in reach, and some before them
+    (9, 2, 50, 45, 5, 20), (5, 1, -12, -20, 30, 40), (50, 10**12, 0, 0, 60, 60), (1, 0, 0, 0, 20, 20),
+    (12, 10**12, 10**13 + 3, 10**12, 20, 25), (12, 3, 10**12 + 40, 10**12 - 2, 30, 40),  # an edge of the reach, far out
+    (12, 3, 10**12, 0, 9, 9), (10**12, 1, 10**12 - 5, 10**12 - 9, 20, 24), (10**12, 1, 10**12 + 4, 10**12 - 9, 20, 24)])
+def test_lookback(N, lookback, q_start, k_start, Tq, Tk, causal, backend, monkeypatch):
+    """Every edge of the rows and keys in reach of each other, outputs and gradients, against a mask."""
+    monkeypatch.setenv("NANOLONG_KERNELS", backend)
+    inputs = tensors((1, Tq, Tk, 0, 2, 1, 8), "contiguous", torch.float64)
+    douts = torch.randn_like(inputs[0]), torch.randn(1, 2, Tq, dtype=torch.float64)
+    options = dict(segment=N, lookback=lookback, causal=causal, q_start=q_start, k_start=k_start)
+    with poisoned_empty():
+        actual = run(attention, inputs, douts, return_lse=True, **options)
+    oracle = run(dense, inputs, douts, **options)
+    for name in oracle:
+        torch.testing.assert_close(actual[name], oracle[name], rtol=1e-10, atol=1e-11, msg=name)
+
+
+XPOS = {  # Tq, Tk, S, H, G, D; the rest
+    "gqa, part of the head": (90, 90, 0, 4, 2, 24, dict(xpos=14)),
+    "offset": (40, 133, 0, 2, 1, 16, dict(xpos=16, q_start=93)),
+    "far from the keys": (20, 90, 0, 2, 2, 16, dict(xpos=16, q_start=2100, k_start=3)),
+    "window, sinks": (120, 120, 40, 2, 1, 16, dict(xpos=16, window=50)),
+    "sinks without a window": (50, 30, 40, 2, 1, 16, dict(xpos=8, q_start=30, k_start=25)),
+    "documents": (125, 125, 0, 2, 2, 16, dict(xpos=16, docs=True)),
+    "segment, lookback": (120, 150, 0, 2, 1, 16, dict(xpos=16, segment=33, lookback=1, q_start=37, k_start=7)),
+    "rows before the keys": (130, 130, 0, 2, 1, 16, dict(xpos=16, q_start=-70)),
+}
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("case", XPOS)
+def test_xpos(case, dtype, backend, monkeypatch):
+    """Across chunks of 32 positions, every gradient alone, against the definition with factors from the first query."""
+    monkeypatch.setenv("NANOLONG_KERNELS", backend)
+    monkeypatch.setattr(sys.modules["kernels.attention"], "XPOS_CHUNK", 32)
+    monkeypatch.setattr(sys.modules["kernels.attention"], "SPLIT_BLOCKS", 2)
+    Tq, Tk, S, H, G, D, options = XPOS[case]
+    options = dict(options)
+    if options.pop("docs", False):
+        options.update(dict.fromkeys(("q_docs", "k_docs"), torch.arange(Tq)[None] // 50))
+    compare_xpos((1, Tq, Tk, S, H, G, D), dtype, options)
+
+
+def compare_xpos(sizes, dtype, options):
+    inputs = tensors(sizes, "contiguous", dtype)
+    douts = [x.to(dtype).double() for x in (torch.randn(inputs[0].shape), torch.randn(sizes[0], sizes[4], sizes[1]))]
+    with poisoned_empty():
+        actual = run(attention, inputs, douts, return_lse=True, **options)
+    oracle = run(dense, [x.double() for x in inputs], douts, **options)
+    first, same_options = with_sinks(inputs, options)
+    plain = same_maths(*first, douts, **same_options)
+    for name, value in actual.items():
+        assert_close_2x(value, oracle[name], plain[name].to(value.dtype), name)
+
+
+def large_tiles(monkeypatch, block_m):
+    """Tiles of the interpreter for many keys."""
+    tiles = dict.fromkeys(("fwd", "dq", "dkdv"), (block_m, 512, 4, 1)) | dict(sinks=(block_m, 16, 4, 1))
+    monkeypatch.setattr(sys.modules["kernels.attention"], "_tiles", lambda *_: (tiles, 16))
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=lambda x: str(x)[6:])
+def test_xpos_over_64k_keys(dtype, backend, monkeypatch):
+    """The last 16 queries of 65,536 positions, and as many keys."""
+    monkeypatch.setenv("NANOLONG_KERNELS", backend)
+    large_tiles(monkeypatch, 16)
+    compare_xpos((1, 16, 65536, 0, 1, 1, 16), dtype, dict(xpos=16, q_start=65536 - 16))
+
+
+@pytest.mark.parametrize("backend, dtype", [
+    ("triton", torch.float32), ("reference", torch.float16), ("reference", torch.bfloat16)], ids=str)
+def test_xpos_over_64k_rows(backend, dtype, monkeypatch):
+    """65,536 rows, sinks and a window: against the reference in float64, which test_xpos has checked."""
+    T, S = 65536, 4
+    large_tiles(monkeypatch, 512)
+    inputs = tensors((1, T, T, S, 1, 1, 4), "contiguous", dtype)
+    douts = [x.to(dtype).double() for x in (torch.randn(1, T, 1, 4), torch.randn(1, 1, T))]
+    options = dict(xpos=4, window=600, return_lse=True)
+    oracle = run(attention, [x.double() for x in inputs], douts, **options)
+    monkeypatch.setenv("NANOLONG_KERNELS", backend)
+    for name, value in run(attention, inputs, douts, **options).items():
+        assert relative_error(value, oracle[name]) < 4 * torch.finfo(value.dtype).eps, name
+
+
+@pytest.mark.parametrize("backend, dtype", [
+    ("triton", torch.float16), ("reference", torch.float16), ("reference", torch.bfloat16)], ids=str)
+def test_xpos_far_into_a_text(backend, dtype, monkeypatch):
+    """At position 10^7, bit for bit what position 50 gives; over 10^7 positions, only the dims without xPos count."""
+    monkeypatch.setenv("NANOLONG_KERNELS", backend)
+    q, k, v, q_sink, k_sink, v_sink = inputs = tensors((1, 70, 70, 3, 2, 1, 16), "contiguous", dtype)
+    douts = torch.randn(q.shape), torch.randn(1, 2, 70)
+    near, far = (run(attention, inputs, douts, window=30, xpos=12, q_start=start, k_start=start, return_lse=True)
+                 for start in (50, 10**7))
+    for name, value in far.items():
+        assert value.isfinite().all() and torch.equal(value, near[name]), name
+    actual = run(attention, inputs[:3], douts, xpos=12, q_start=10**7, return_lse=True)
+    expected = run(attention, inputs[:3], douts, xpos=None, q_start=10**7, return_lse=True)
+    cut = run(attention, [x * (torch.arange(16) >= 12) for x in (q, k)] + [v], douts, q_start=10**7, return_lse=True)
+    for name in ("out", "lse", "dv", "dq", "dk"):
+        assert not torch.equal(actual[name], expected[name]) and actual[name].isfinite().all()
+        torch.testing.assert_close(actual[name][..., 12:] if name[1:] in "qk" else actual[name],
+                                   cut[name][..., 12:] if name[1:] in "qk" else cut[name])
+    assert (actual["dq"][..., :12] == 0).all() and (actual["dk"][..., :12] == 0).all()
+
+
+def test_reference_xpos_across_blocks_of_rows():
+    """More rows than one block of the reference has."""
+    inputs = tensors((1, 2100, 2100, 0, 1, 1, 4), "contiguous", torch.float64)
+    douts = torch.randn_like(inputs[0]), torch.randn(1, 1, 2100, dtype=torch.float64)
+    actual, oracle = (run(f, inputs, douts, xpos=4, **more) for f, more in ((attention, dict(return_lse=True)), (dense, {})))
+    for name in oracle:
+        torch.testing.assert_close(actual[name], oracle[name], rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("wanted", range(6))
 def test_each_gradient_alone(wanted, backend, monkeypatch):
     monkeypatch.setenv("NANOLONG_KERNELS", backend)
     inputs = tensors((1, 40, 40, 3, 2, 1, 8), "contiguous", torch.float64)
     inputs[wanted].requires_grad_()
-    dout, options = torch.randn_like(inputs[0]), dict(window=9, alibi_slopes=torch.rand(2))
+    dout, options = torch.randn_like(inputs[0]), dict(window=9, alibi_slopes=torch.rand(2), xpos=6)
     actual, oracle = (torch.autograd.grad(f(*inputs[:3], sinks=tuple(inputs[3:]), **options), inputs[wanted], dout)[0]
                       for f in (attention, lambda *x, **y: dense(*x, **y)[0]))
     torch.testing.assert_close(actual, oracle, rtol=1e-10, atol=1e-12)
@@ -360,6 +508,24 @@ def test_other_segments_are_not_visited(causal, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_segments_out_of_reach_are_not_visited(backend, monkeypatch):
+    """NaN two segments back goes unnoticed with a lookback of one, and NaN two segments on in the keys' gradients."""
+    monkeypatch.setenv("NANOLONG_KERNELS", backend)
+    N, T = 32, 160
+    inputs = tensors((1, T, T, 0, 2, 1, 8), "contiguous", torch.float64)
+    douts = torch.randn_like(inputs[0]), torch.randn(1, 2, T, dtype=torch.float64)
+    options = dict(segment=N, lookback=1, xpos=8, return_lse=True)
+    expected = run(attention, inputs, douts, **options)
+    for nan, rows, keys in ((slice(0, 64), slice(96, T), slice(96, T)), (slice(96, T), slice(0, 96), slice(0, 64))):
+        poisoned = [x.clone() for x in inputs]
+        for x in poisoned:
+            x[:, nan] = torch.nan
+        actual = run(attention, poisoned, douts, **options)
+        for name, left in (("out", rows), ("dq", rows), ("dk", keys), ("dv", keys)):
+            torch.testing.assert_close(actual[name][:, left], expected[name][:, left], rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_keys_out_of_the_window_are_not_visited(backend, monkeypatch):
     """NaN in keys and values that no row sees, and in rows for the gradients of keys they do not see, goes unnoticed."""
     monkeypatch.setenv("NANOLONG_KERNELS", backend)
@@ -386,7 +552,7 @@ def test_reference_work_grows_with_the_window():
     """Products over T = 4096 rows and W = 512 keys each, sinks included: at most 1.25 times those that count."""
     T, W, H, D = 4096, 512, 2, 16
     q, k, v = (torch.randn(1, T, H, D) for _ in range(3))
-    sinks, rest = (q, k[:, :4], v[:, :4]), (None, None, None, 0.25, True, W, None, 0, 0)
+    sinks, rest = (q, k[:, :4], v[:, :4]), (None, None, None, 0.25, True, W, None, 0, None, 0, 0)
     with FlopCounterMode(display=False) as forward:
         out, lse = _attention_fwd_ref(q, k, v, *sinks, *rest, torch.float32)
     with FlopCounterMode(display=False) as backward:
@@ -395,21 +561,21 @@ def test_reference_work_grows_with_the_window():
     assert useful < forward.get_total_flops() < 1.25 * useful
     assert backward.get_total_flops() < 1.25 * 2.5 * useful
     with FlopCounterMode(display=False) as segments:  # half of a segment's scores count
-        _attention_fwd_ref(q, k, v, *6 * (None,), 0.25, True, None, W, 0, 0, torch.float32)
+        _attention_fwd_ref(q, k, v, *6 * (None,), 0.25, True, None, W, 0, None, 0, 0, torch.float32)
     assert segments.get_total_flops() == 4 * H * D * T * W
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize("segment", [None, 20])
+@pytest.mark.parametrize("options", [dict(), dict(segment=20), dict(segment=20, lookback=1), dict(xpos=16)], ids=str)
 @pytest.mark.parametrize("return_lse", [False, True])
-def test_future_leak(backend, return_lse, segment, monkeypatch):
+def test_future_leak(backend, return_lse, options, monkeypatch):
     """Keys and values from t on are replaced by others: rows before t do not change by a bit."""
     monkeypatch.setenv("NANOLONG_KERNELS", backend)
     q, k, v = (torch.randn(2, 70, 2, 16) for _ in range(3))
-    first = attention(q, k, v, segment=segment, return_lse=return_lse)
+    first = attention(q, k, v, return_lse=return_lse, **options)
     for t in (69, 33, 16, 1):  # each change keeps the keys before t
         k[:, t:], v[:, t:] = torch.randn_like(k[:, t:]) * 100, torch.randn_like(v[:, t:]) * 100
-        second = attention(q, k, v, segment=segment, return_lse=return_lse)
+        second = attention(q, k, v, return_lse=return_lse, **options)
         for x, y in zip(first, second) if return_lse else [(first, second)]:
             x, y = (a if a.shape[1] == 70 else a.transpose(1, 2) for a in (x, y))
             assert torch.equal(x[:, :t], y[:, :t])
@@ -428,7 +594,7 @@ def test_out_dtype(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda x: str(x)[6:])
-@pytest.mark.parametrize("options", [dict(), dict(causal=False), dict(docs=True), dict(window=1020)], ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(causal=False), dict(docs=True), dict(window=1020), dict(xpos=16)], ids=str)
 def test_reference_memory_is_bounded(options, dtype):
     """At T = 8192 the scores are 512 MiB in float32; forward and backward keep a few blocks of 2^23 of them."""
     T, H, D = 8192, 2, 16
@@ -436,7 +602,7 @@ def test_reference_memory_is_bounded(options, dtype):
     docs = dict.fromkeys(("q_docs", "k_docs"), torch.arange(T)[None] // 3000) if "docs" in options else {}
     sinks = (q, k[:, :4], v[:, :4]) if "window" in options else 3 * (None,)
     rest = (None, docs.get("q_docs"), docs.get("k_docs"), 0.25, options.get("causal", True), options.get("window"), None, 0,
-            0)
+            options.get("xpos"), 0, 0)
     with LiveBytes() as live:
         out, lse = _attention_fwd_ref(q, k, v, *sinks, *rest, dtype)
         _attention_bwd_ref(out, lse, q, k, v, *sinks, out, lse, *rest)
@@ -539,10 +705,10 @@ def test_merge_2x(dtype, triton_kernels):
 def test_opcheck(triton_kernels):
     q, k, v = (torch.randn(1, t, h, 16, requires_grad=True) for t, h in ((20, 2), (24, 1), (24, 1)))
     docs = torch.zeros(1, 20, dtype=torch.int64), torch.zeros(1, 24, dtype=torch.int64)
-    for sinks, slopes, window, segment in (
-            (3 * (None,), None, None, None), ((q, k[:, :3], v[:, :3]), torch.rand(2), 9, 7)):
+    for sinks, slopes, window, segment, xpos in (
+            (3 * (None,), None, None, None, None), ((q, k[:, :3], v[:, :3]), torch.rand(2), 9, 7, 16)):
         inputs = [x if x is None else x.detach() for x in (q, k, v, *sinks)]
-        rest = slopes, *docs, 0.25, True, window, segment, 4, 0
+        rest = slopes, *docs, 0.25, True, window, segment, 1, xpos, 4, 0
         out, lse = torch.ops.nanolong.attention_fwd(*inputs, *rest, torch.float32, True)
         torch.library.opcheck(torch.ops.nanolong.attention_fwd.default, (*inputs, *rest, torch.float32, True))
         torch.library.opcheck(torch.ops.nanolong.attention_bwd.default, (out, lse, *inputs, out, lse, *rest, True))
@@ -559,6 +725,7 @@ def test_compiles_whole(backend, monkeypatch):
     def f(q, k, v, start):
         out, lse = attention(q, k, v, q_start=start, return_lse=True)
         out = out + attention(q, k, v, segment=6, q_start=start, k_start=start)
+        out = out + attention(q, k, v, segment=4, lookback=1, xpos=8, q_start=start, k_start=start)
         return merge_attention(out, lse, *attention(q, k, v, window=5, sinks=(q, k[:, :3], v[:, :3]), q_start=start,
                                                     k_start=start, return_lse=True))[0]
 
@@ -583,6 +750,9 @@ def test_compiles_whole(backend, monkeypatch):
      r"must be \(1, 8\) and \(1, 8\)"),
     (dict(window=0), "window is 0, it must be at least 1"),
     (dict(segment=0), "segment is 0, it must be at least 1"),
+    (dict(lookback=1), "lookback is 1 and segment None"), (dict(segment=4, lookback=-1), "lookback is -1 and segment 4"),
+    (dict(xpos=7), "xpos is 7, it must be an even number from 2 to the head dim, 16"), (dict(xpos=18), "xpos is 18"),
+    (dict(xpos=0), "xpos is 0"), (dict(xpos=8, causal=False), "xpos is 8 and causal False"),
     (dict(sinks=((1, 8, 4, 16), (1, 3, 4, 16), (1, 3, 4, 16))),
      r"\(1, 3, 4, 16\): they must be q_sink \(1, 8, 4, 16\) like q, k_sink and v_sink \(1, S, 2, 16\)"),
     (dict(sinks=((1, 7, 4, 16), (1, 3, 2, 16), (1, 3, 2, 16))), r"q_sink \(1, 8, 4, 16\) like q"),

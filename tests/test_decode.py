@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import assert_close_2x, guarded, poisoned_empty
 
-from kernels import apply_sink_logit, attention, decode_attention, rope_frequencies, rope_turns
+from kernels import apply_sink_logit, attention, decode_attention, rope, rope_frequencies, rope_turns
 from kernels.decode import LN2, _decode_attention, decode_attention_ref
 
 BACKENDS = ["triton", "reference"]
@@ -27,9 +27,13 @@ def rotated(x, position, inv_freq, factor):
     return torch.cat((a * cos - b * sin, b * cos + a * sin, x[2 * R:]))
 
 
-def one_head(q, keys, values, inv_freq, factor, slope, scale):
+def one_head(q, keys, values, inv_freq, factor, slope, scale, xpos=None):
     """The query (D,) after the cached tokens (n, D), their positions 0 .. n - 1: (out, lse) by a dense softmax."""
     last = len(keys) - 1
+    if xpos is not None:  # a pair shares its factor, so these may be taken before the rotation
+        zeta = [(2 * (i % (xpos // 2)) / xpos + 0.4) / 1.4 if i < xpos else 1.0 for i in range(len(q))]
+        zeta = torch.tensor(zeta, dtype=torch.float64)
+        keys = [(k * zeta ** ((last - c) / 512)).to(k.dtype) for c, k in enumerate(keys)]
     if inv_freq is not None:
         q, keys = rotated(q, last, inv_freq, factor), [rotated(k, c, inv_freq, factor) for c, k in enumerate(keys)]
     scores = torch.stack(keys) @ q * scale
@@ -38,21 +42,25 @@ def one_head(q, keys, values, inv_freq, factor, slope, scale):
     return scores.softmax(0) @ torch.stack(values), scores.logsumexp(0)
 
 
-def streaming(q, cached, G, inv_freq=None, attention_factor=1.0, alibi_slopes=None, scale=None):
+def streaming(q, cached, G, inv_freq=None, attention_factor=1.0, alibi_slopes=None, scale=None, xpos=None):
     """StreamingLLM's step: q (H, D) and the cache, a list of (key (G, D), value (G, D)) in order -> (H, D), (H,)."""
     H, D = q.shape
     heads = [one_head(q[h], [k[h // (H // G)] for k, _ in cached], [v[h // (H // G)] for _, v in cached], inv_freq,
                       attention_factor, None if alibi_slopes is None else alibi_slopes[h],
-                      D ** -0.5 if scale is None else scale) for h in range(H)]
+                      D ** -0.5 if scale is None else scale, xpos) for h in range(H)]
     return torch.stack([out for out, _ in heads]), torch.stack([lse for _, lse in heads])
 
 
-def from_ring(q, k, v, position, sinks=0, **options):
-    """The oracle for a filled ring: its tokens are put in a list, oldest first, sinks at the front."""
+def from_ring(q, k, v, position, sinks=0, segment=None, lookback=0, **options):
+    """
+    The oracle for a filled ring: its tokens are put in a list, oldest first, sinks at the front; those of segments that are
+    not seen are dropped (the distances between the others stay).
+    """
     B, _, H, D = q.shape
     N, G = k.shape[1:3]
     tokens = [t for t in range(min(sinks, position + 1))] + [
-        t for t in range(max(sinks, position - (N - sinks) + 1), position + 1)]
+        t for t in range(max(sinks, position - (N - sinks) + 1), position + 1)
+        if segment is None or position // segment - t // segment <= lookback]
     slots = [t if t < sinks else sinks + (t - sinks) % (N - sinks) for t in tokens]
     rows = [streaming(q[b, 0], [(k[b, s], v[b, s]) for s in slots], G, **options) for b in range(B)]
     return torch.stack([out for out, _ in rows])[:, None], torch.stack([lse for _, lse in rows])[..., None]
@@ -100,6 +108,10 @@ CASES = {  # B, H, G, D, R (rotated pairs), S, W; slopes
     "no positions": (1, 2, 1, 64, 0, 4, 29, False),
     "window of one": (2, 2, 2, 16, 8, 4, 1, True),
     "one slot": (1, 2, 1, 16, 8, 0, 1, False),
+    "xpos, sinks": (2, 4, 2, 32, 16, 4, 45, False),
+    "xpos, part of the head": (1, 2, 1, 24, 7, 0, 50, True),
+    "segments": (1, 2, 1, 16, 8, 0, 70, False),
+    "xpos, segments": (2, 2, 2, 16, 8, 0, 53, False),
     "more heads than one program's": (1, 35, 1, 16, 4, 1, 50, True),
 }
 
@@ -110,7 +122,9 @@ def inputs(case, dtype):
     q, k, v = (torch.randn(B, n, h, D, dtype=torch.float64).to(dtype) for n, h in ((1, H), (S + W, G), (S + W, G)))
     options = dict(sinks=S)
     if R:
-        options.update(inv_freq=rope_frequencies(2 * R)[0], attention_factor=1.25)
+        options.update(inv_freq=rope_frequencies(2 * R)[0], attention_factor=1.25, xpos=2 * R if "xpos" in case else None)
+    if "segments" in case:
+        options.update(segment=19, lookback=1)
     if alibi:
         options["alibi_slopes"] = torch.rand(H) / 5
     return (q, k, v), options, S + W
@@ -150,6 +164,10 @@ def test_random_draws(seed, backend, monkeypatch):
         options["inv_freq"] = rope_frequencies(2 * rng.randint(1, D // 2))[0]
     if rng.random() < 0.5:
         options["alibi_slopes"] = torch.rand(2 * G * group)[::2] / 5
+    if "inv_freq" in options and rng.random() < 0.5:
+        options["xpos"] = 2 * len(options["inv_freq"])
+    if not S:
+        options.update(segment=rng.randint(1, 60), lookback=rng.choice([0, 1, 2, 10**6]))
     torch.manual_seed(seed)
     dtype = rng.choice([torch.float16, torch.float32, torch.float64])
     q = torch.randn(B, 1, D, G * group).to(dtype).transpose(2, 3)  # its last dim is not contiguous
@@ -178,6 +196,36 @@ def test_equals_attention_while_nothing_is_evicted(backend, monkeypatch):
         out, lse = decode_attention(q[:, t:t + 1], k, v, t, sinks=4, return_lse=True)
         torch.testing.assert_close(out[:, 0], whole[:, t], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(lse[..., 0], whole_lse[..., t], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [dict(xpos=16), dict(segment=12), dict(segment=7, lookback=2, xpos=16)], ids=str)
+def test_equals_the_last_row_of_attention(options, backend, monkeypatch):
+    """Of keys rotated one after another: xPos and segments, in a ring that has room for what is seen."""
+    monkeypatch.setenv("NANOLONG_KERNELS", backend)
+    q, k, v = (torch.randn(1, 50, h, 16, dtype=torch.float64) for h in (4, 2, 2))
+    inv_freq, N = rope_frequencies(16)[0], 50 if "segment" not in options else 24
+    rotated_q, rotated_k = (rope(x, torch.arange(50), inv_freq) for x in (q, k))
+    whole, whole_lse = attention(rotated_q, rotated_k, v, return_lse=True, **options)
+    ring_k, ring_v = (torch.full((1, N, 2, 16), torch.nan, dtype=torch.float64) for _ in range(2))
+    for t in range(50):
+        ring_k[:, t % N], ring_v[:, t % N] = k[:, t], v[:, t]
+        if t in (0, 11, 12, 23, 24, 37, 49):
+            out, lse = decode_attention(q[:, t:t + 1], ring_k, ring_v, t, inv_freq=inv_freq, return_lse=True, **options)
+            torch.testing.assert_close(out[:, 0], whole[:, t], rtol=1e-7, atol=1e-8)
+            torch.testing.assert_close(lse[..., 0], whole_lse[..., t], rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_segments_out_of_reach_are_not_read(backend, monkeypatch):
+    """NaN in them goes unnoticed, and a cache of 2000 slots costs no more blocks than the segments have."""
+    monkeypatch.setenv("NANOLONG_KERNELS", "reference")
+    q, k, v = (torch.randn(1, n, h, 16) for n, h in ((1, 2), (2000, 1), (2000, 1)))
+    expected = decode_attention(q, k, v, 1990, segment=50, lookback=1, alibi_slopes=torch.rand(2).fill_(0.1))
+    k[:, :1850], v[:, :1850] = torch.nan, torch.nan
+    monkeypatch.setenv("NANOLONG_KERNELS", backend)
+    actual = decode_attention(q, k, v, 1990, segment=50, lookback=1, alibi_slopes=torch.rand(2).fill_(0.1))
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -237,10 +285,10 @@ def test_64_bit_offsets(triton_kernels, tmp_path):
 def test_opcheck(triton_kernels):
     (q, k, v), options, _ = inputs("whole head", torch.float32)
     turns = rope_turns(options["inv_freq"])
-    for arguments in ((turns, torch.rand(4)), (None, None)):
+    for arguments in ((turns, torch.rand(4), None, None, 0), (None, None, None, None, 0), (turns, None, 64, 16, 1)):
         torch.library.opcheck(torch.ops.nanolong.decode_attention.default,
                               (q, k, v, torch.tensor([7]), *arguments, 4, 1.0, 0.125))
-    out, lse = _decode_attention(q, k, v, torch.tensor([7]), turns, None, 4, 1.0, 0.125)
+    out, lse = _decode_attention(q, k, v, torch.tensor([7]), turns, None, None, None, 0, 4, 1.0, 0.125)
     reference = decode_attention_ref(q, k, v, torch.tensor([7]), sinks=4, inv_freq=turns, scale=0.125)
     torch.testing.assert_close((out, lse * LN2.value), reference)
 
@@ -251,7 +299,7 @@ def test_decode_compiles_whole(backend, monkeypatch):
     monkeypatch.setenv("NANOLONG_KERNELS", backend)
     torch.compiler.reset()
     (q, k, v), options, N = inputs("head dim 8, no sinks", torch.float32)
-    z = torch.randn(2)
+    z, options = torch.randn(2), dict(options, xpos=8, segment=10, lookback=1)
 
     def step(position):
         return apply_sink_logit(*decode_attention(q, k, v, position, return_lse=True, **options), z)
@@ -284,7 +332,11 @@ def test_no_gradient():
     (dict(inv_freq=torch.ones(9).double()), r"\(9,\) for head dim 16"), (dict(inv_freq=torch.ones(4)), "torch.float32"),
     (dict(inv_freq=torch.ones(0).double()), r"\(0,\) for head dim 16"),
     (dict(alibi_slopes=torch.ones(2)), r"\(2,\) for 4 query heads"),
-    (dict(alibi_slopes=torch.ones(4).double()), "torch.float64"), (dict(scale=0.0), "scale is 0.0")], ids=str)
+    (dict(alibi_slopes=torch.ones(4).double()), "torch.float64"), (dict(scale=0.0), "scale is 0.0"),
+    (dict(xpos=8), "xpos is 8, it must be the number of rotated dims: 2 x 0"),
+    (dict(xpos=6, inv_freq=torch.ones(4).double()), "2 x 4 by inv_freq"),
+    (dict(segment=4), "segment is 4 and sinks 4"), (dict(segment=0, sinks=0), "segment is 0 and lookback 0"),
+    (dict(lookback=1, sinks=0), "segment is None and lookback 1")], ids=str)
 def test_wrong_arguments(change, message):
     shapes = dict(q=(1, 1, 4, 16), k=(1, 8, 2, 16), v=(1, 8, 2, 16))
     change = dict(position=3, sinks=4, **shapes) | change

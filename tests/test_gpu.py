@@ -4,6 +4,7 @@ pytest runs this file in a process of its own, because the other tests interpret
 TRITON_INTERPRET=0 python -m pytest tests/test_gpu.py
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -61,6 +62,12 @@ ATTENTION_CASES = {
     "full segment, offset": dict(Tq=T - 31, Tk=T + 77, H=4, G=2, q_start=108, segment=177, causal=False),
     "segment, window, sinks, alibi": dict(Tq=T + 5, Tk=T + 5, H=2, G=2, segment=300, window=130, S=4, alibi=True),
     "alibi": dict(Tq=T - 1, Tk=T - 1, H=2, G=2, alibi=True),
+    "segment, lookback": dict(Tq=T - 31, Tk=T + 77, H=4, G=2, q_start=108, segment=177, lookback=2),
+    "xpos": dict(Tq=2 * T + 100, Tk=2 * T + 177, H=2, G=1, q_start=77, xpos=True),
+    "xpos, window, sinks": dict(Tq=T + 300, Tk=T + 300, H=4, G=2, window=130, S=4, xpos=True),
+    "xpos, documents": dict(Tq=T + 105, Tk=T + 105, H=2, G=2, docs=True, xpos=True),
+    "xpos, far from the keys": dict(Tq=T // 2, Tk=T + 77, H=2, G=2, q_start=5 * T, xpos=True),
+    "xpos, segment, lookback": dict(Tq=T + 300, Tk=T + 300, H=2, G=2, segment=400, lookback=1, xpos=True),
 }
 
 
@@ -75,6 +82,8 @@ def test_attention(dtype, D, case):
         options["q_docs"] = options["k_docs"] = (torch.arange(Tq) // 300).expand(2, Tq)
     if options.pop("alibi", False):
         options["alibi_slopes"] = torch.rand(H) * 0.1
+    if options.pop("xpos", False):
+        options["xpos"] = D
     inputs = tensors((2, Tq, Tk, options.pop("S", 0), H, G, D), "contiguous", dtype)
     douts = [x.to(dtype).double() for x in (torch.randn(inputs[0].shape), torch.randn(2, H, Tq))]
     actual = run(attention, inputs, douts, return_lse=True, **options)
@@ -227,13 +236,15 @@ def test_decode(dtype, D, R):
     inv_freq = rope_frequencies(2 * R)[0] if R else None
     for B, H, G, N in ((2, 4, 4, 1024), (1, 35, 1, 999), (70, 8, 2, 257)):
         q, k, v = (torch.randn(B, n, heads, D).to(dtype) for n, heads in ((1, H), (N, G), (N, G)))
-        for position in (N // 3, N - 1, 10**7 + 5):
-            actual = decode_attention(q, k, v, position, sinks=4, inv_freq=inv_freq, return_lse=True)
-            plain = dense(*in_order(q, k, v, position, 4, inv_freq), causal=False)
-            oracle = dense(*in_order(q.double(), k.double(), v.double(), position, 4, inv_freq), causal=False)
+        for position, xpos in itertools.product((N // 3, N - 1, 10**7 + 5), (None, 2 * R) if R else (None,)):
+            options = dict(sinks=4, inv_freq=inv_freq, xpos=xpos, return_lse=True)
+            actual = decode_attention(q, k, v, position, **options)
+            same = dict(q_start=min(position, N - 1), xpos=xpos)
+            plain = dense(*in_order(q, k, v, position, 4, inv_freq), **same)
+            oracle = dense(*in_order(q.double(), k.double(), v.double(), position, 4, inv_freq), **same)
             for name, a, o, p in zip(("out", "lse"), actual, oracle, plain):
-                assert_close_2x(a, o, p.to(a.dtype), f"{name} {B, H, G, N} at {position}")
-            again = decode_attention(q, k, v, position, sinks=4, inv_freq=inv_freq, return_lse=True)
+                assert_close_2x(a, o, p.to(a.dtype), f"{name} {B, H, G, N} at {position}, xpos {xpos}")
+            again = decode_attention(q, k, v, position, **options)
             assert all(map(torch.equal, actual, again)), "two runs differ"
 
 
