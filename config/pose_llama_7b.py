@@ -6,8 +6,9 @@ them, AdamW at 2e-5 with 10 steps of warm-up and a linear decay. It reports 4.60
     python data/pg19/prepare.py --tokenizer PATH/tokenizer.json        the model's own
     torchrun --nproc-per-node 8 train.py config/pose_llama_7b.py --tokenizer PATH/tokenizer.json
 
-The scaling is linear; --rope-scaling ntk and yarn are the paper's other two. Every GPU holds the weights, their gradient
-and AdamW's two moments in float32, 16 bytes for each of 6.7e9 weights: 108 GB, so 8 GPUs of 141 GB or more. This recipe has not been run by us.
+The scaling is linear; --rope-scaling ntk and yarn are the paper's other two. Every GPU holds the weights, their
+gradient and AdamW's two moments in float32, 16 bytes for each of 6.7e9 weights: 108 GB, so 8 GPUs of 141 GB or more.
+This recipe has not been run by us.
 """
 
 from train import TrainConfig
