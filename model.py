@@ -8,8 +8,10 @@ Shapes: B batch, T tokens, C = n_embd, H query heads, G key/value heads (H a mul
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -32,7 +34,7 @@ class GPTConfig:
     n_inner: int | None = None       # width of the MLP; default 4 n_embd, or 8/3 n_embd in multiples of 64 for swiglu
     vocab_size: int = 50304          # GPT-2's 50257 rounded up to a multiple of 64
     block_size: int = 1024           # tokens per training sequence; nothing is tabulated to it
-    attention: str = "full"          # full | window | infini, or a pattern cycled over the layers: "window,window,full"
+    attention: str = "full"          # full | window | infini | blockwise, or a pattern cycled over the layers: "window,full"
     window: int = 1020               # keys that a window layer's query sees, its own included
     sinks: int = 4                   # the first tokens, which window layers see always (StreamingLLM); 0: none
     segment: int = 2048              # tokens that an infini layer's query sees exactly at most; earlier ones by its memory
@@ -41,7 +43,7 @@ class GPTConfig:
     memory_norm: float | None = None # RMSNorm of the memory's queries and keys, its learned weights start here; None: none
     sink_logit: bool = False         # a learned logit per head in the softmax's denominator
     sink_tokens: int = 0             # learned vectors in front of every sequence: sinks by construction
-    position: str = "rope"           # rope | alibi | none
+    position: str = "rope"           # rope | xpos | alibi | none
     rope_base: float = 10000.0
     rope_fraction: float = 1.0       # of the head dim that is rotated
     rope_scaling: dict | None = None # Hugging Face's, for example {"rope_type": "yarn", "factor": 4, ...}
@@ -71,8 +73,8 @@ class GPTConfig:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         if not 1 <= self.head_dim <= 256:
             raise ValueError(f"head_dim is {self.head_dim}: the attention kernel takes 1 to 256")
-        for name, known in (("attention", ("full", "window", "infini")), ("position", ("rope", "alibi", "none")),
-                            ("norm", ("rmsnorm", "layernorm")), ("mlp", ("swiglu", "gelu")),
+        for name, known in (("attention", ("full", "window", "infini", "blockwise")),
+                            ("position", ("rope", "xpos", "alibi", "none")), ("norm", ("rmsnorm", "layernorm")), ("mlp", ("swiglu", "gelu")),
                             ("memory_rule", ("delta", "linear"))):
             for value in getattr(self, name).split(",") if name == "attention" else [getattr(self, name)]:
                 if value not in known:
@@ -90,6 +92,9 @@ class GPTConfig:
             raise ValueError(f"memory_norm is {self.memory_norm}: it must be more than 0 and finite, or None")
         if not math.isfinite(self.memory_beta):
             raise ValueError(f"memory_beta is {self.memory_beta}: it must be finite; -1000 shuts the gates for good")
+        if "blockwise" in self.attention and (self.block_size < 2 or self.sink_tokens):
+            raise ValueError(f"attention {self.attention!r} with block_size {self.block_size} and sink_tokens {self.sink_tokens}: "
+                             "blockwise layers see two halves of block_size, and no token in front for long")
         if "infini" in self.attention and (self.sink_logit or self.sink_tokens):
             name = "sink_logit" if self.sink_logit else "sink_tokens"
             raise ValueError(f"{name} {getattr(self, name)} with attention {self.attention!r}: infini layers have a memory "
@@ -100,13 +105,17 @@ class GPTConfig:
             raise ValueError(f"alibi_scale {self.alibi_scale} needs position 'alibi', it is {self.position!r}")
         if self.shared_norm and not self.parallel_residual:
             raise ValueError("shared_norm is True, parallel_residual False: one norm serves two branches side by side only")
-        if self.position == "rope" and (not 0 < self.rope_fraction <= 1 or self.rotary_dim < 2 or self.rotary_dim % 2):
+        if self.rotary and (not 0 < self.rope_fraction <= 1 or self.rotary_dim < 2 or self.rotary_dim % 2):
             raise ValueError(f"rope_fraction {self.rope_fraction} of head_dim {self.head_dim} rotates {self.rotary_dim} dims: "
                              "it must be an even number from 2 to head_dim")
         if self.n_inner is not None and self.n_inner < 1:
             raise ValueError(f"n_inner is {self.n_inner}: it must be at least 1")
-        if self.position == "rope":
+        if self.rotary:
             self.frequencies()
+            if "infini" in self.attention and self.by_length and self.segment > self.trained_length:
+                raise ValueError(f"segment {self.segment} with rope_scaling {self.rope_scaling}: inside a segment of more than "
+                                 f"{self.trained_length} tokens the frequencies would change; set segment to "
+                                 f"{self.trained_length} at most, or take linear, ntk, yarn or llama3")
         for name in ("qkv_bias", "wo_bias", "norm_bias"):
             setattr(self, name, self.bias if getattr(self, name) is None else getattr(self, name))
         if self.n_inner is None:
@@ -122,13 +131,33 @@ class GPTConfig:
         pattern = self.attention.split(",")
         return [pattern[i % len(pattern)] for i in range(self.n_layer)]
 
-    def frequencies(self):
-        """rope_frequencies of this model. ValueError for a rope_scaling that is wrong, or that depends on the length."""
-        kind = (self.rope_scaling or {}).get("rope_type", (self.rope_scaling or {}).get("type"))
-        if kind in ("dynamic", "longrope"):
-            raise ValueError(f"rope_scaling {kind!r} depends on the length of the text, which the model does not support: use "
-                             "linear, ntk, ntk_by_parts, yarn or llama3")
-        return rope_frequencies(self.rotary_dim, self.rope_base, self.rope_scaling)
+    @property
+    def rotary(self) -> bool:
+        return self.position in ("rope", "xpos")
+
+    @property
+    def rope_type(self) -> str:
+        scaling = self.rope_scaling or {}
+        return scaling.get("rope_type", scaling.get("type", "default"))
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the rotary frequencies depend on the length of the text."""
+        return self.rope_type in ("dynamic", "longrope")
+
+    @property
+    def trained_length(self) -> int:
+        """Of the text: what rope_scaling starts from, where it says so."""
+        return (self.rope_scaling or {}).get("original_max_position_embeddings", self.block_size)
+
+    def span(self, kind: str) -> float:
+        """The tokens that a query of such a layer can see by their distance, itself included."""
+        return dict(full=math.inf, window=self.sinks + self.window, infini=self.segment,
+                    blockwise=2 * (self.block_size // 2))[kind]
+
+    def frequencies(self, length: int | None = None):
+        """rope_frequencies of this model, for a text of `length` tokens. ValueError for a rope_scaling that is wrong."""
+        return rope_frequencies(self.rotary_dim, self.rope_base, self.rope_scaling, length)
 
 
 def read_rope_scaling(value: str | dict, block_size: int, target: int | None = None) -> dict:
@@ -197,6 +226,24 @@ class Norm(nn.Module):
             return rms_norm(x, self.weight, self.eps)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
+
+
+class Angles(NamedTuple):
+    """What some rows of a call, and the keys that they see, rotate by."""
+
+    rows: slice
+    turns: torch.Tensor | None  # (R,) int64 (rope_turns); None: they do not rotate
+    since: int | None = None  # of these rows, those at this position or later
+    n_hat: int = 0  # tokens at positions below rotate by `near` (LongRoPE)
+    near: torch.Tensor | None = None
+
+    def rotate(self, x, positions):
+        """x (B, T, heads, D) at positions (T,) or (B, T)."""
+        if self.turns is None:
+            return x
+        y = rope(x, positions, self.turns)
+        return y if self.near is None else torch.where((positions < self.n_hat)[..., None, None],
+                                                       rope(x, positions, self.near), y)
 
 
 class KVCache:
@@ -399,6 +446,7 @@ class State:
         device = layers[0].k.device
         self.at = torch.zeros(1, dtype=torch.int64, device=device)    # the position of the token being decoded
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)  # its slot in the rings of window layers
+        self.in_ring = torch.zeros(1, dtype=torch.int64, device=device)  # its slot in blockwise layers
         self.in_segment = torch.zeros(1, dtype=torch.int64, device=device)  # its slot in infini layers
 
     @property
@@ -466,17 +514,20 @@ class Attention(nn.Module):
     inside a cache of S sinks and W recent tokens: in parallel that is one softmax over the window's keys, by their
     ordinary distance, and the sinks' keys, with the query where it sits in the cache, at min(position, S + W - 1). Infini
     (arXiv 2404.07143): a query sees its own segment of N tokens, and by a memory of fixed size all before it; a learned
-    gate per head mixes the two.
+    gate per head mixes the two. Blockwise (LeX, arXiv 2212.10554), for texts beyond the trained length: a query sees the
+    tokens before it in its own half-block of block_size / 2 and in the one before.
     """
 
     def __init__(self, config, layer, scale):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.layer, self.scale = layer, scale
-        windowed = config.layer_kinds[layer] == "window"
-        self.window, self.sinks = (config.window, config.sinks) if windowed else (None, 0)
+        self.kind = config.layer_kinds[layer]
+        infini = self.kind == "infini"
+        self.window, self.sinks = (config.window, config.sinks) if self.kind == "window" else (None, 0)
         self.sink_tokens = config.sink_tokens
-        infini = config.layer_kinds[layer] == "infini"
+        self.xpos = dict(xpos=config.rotary_dim) if config.position == "xpos" else {}
+        self.blocks = dict(segment=config.block_size // 2, lookback=1) if self.kind == "blockwise" else {}
         self.segment, self.rule = config.segment if infini else None, config.memory_rule
         self.wqkv = Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=config.qkv_bias)
         self.wo = Linear(config.n_head * config.head_dim, config.n_embd, bias=config.wo_bias)
@@ -486,63 +537,91 @@ class Attention(nn.Module):
         self.memory_q, self.memory_k = (
             nn.Parameter(torch.full((self.head_dim,), float(config.memory_norm))) if normed else None for _ in range(2))
 
-    def forward(self, x, turns, slopes, positions, docs, state, start, whole):
+    def forward(self, x, angles, slopes, positions, docs, state, start, whole):
         """
-        x (B, T, C) at `start`, after what the state holds -> (B, T, C). turns, slopes: the model's rotary frequencies
-        and ALiBi slopes, or None; positions, docs: see GPT.forward; whole: the window holds every token of the call.
+        x (B, T, C) at `start`, after what the state holds -> (B, T, C). angles: what the rows rotate by, a list of Angles
+        for each kind of layer; slopes: the ALiBi slopes, or None; positions, docs: see GPT.forward; whole: the window
+        holds every token of the call.
         """
         B, T, _ = x.shape
-        H, G = self.n_head, self.n_kv_head
+        H, G, angles = self.n_head, self.n_kv_head, angles[self.kind]
         qkv = self.wqkv(x).view(B, T, H + 2 * G, self.head_dim)
         qk, v = qkv.split([H + G, G], dim=2)  # views
         cache = None if state is None else state.layers[self.layer]
-        one = cache is not None and T == 1 and not torch.is_grad_enabled()
+        one = cache is not None and T == 1 and not torch.is_grad_enabled() and angles[0].near is None
         if self.segment is not None:
-            y = self.infini_decode(qk, v, turns, slopes, positions, state, cache, start) if one else \
-                self.infini(qk, v, turns, slopes, positions, docs, cache, start)
+            y = self.infini_decode(qk, v, angles[0].turns, slopes, positions, state, cache, start) if one else \
+                self.infini(qk, v, angles[0].turns, slopes, positions, docs, cache, start)
         elif one:
-            y = self.decode(qk, v, turns, slopes, positions, state, cache, start)
+            y = self.decode(qk, v, angles[0].turns, slopes, positions, state, cache, start)
         else:
-            y = self.parallel(qk, v, turns, slopes, positions, docs, cache, start, whole)
+            y = self.parallel(qk, v, angles, slopes, positions, docs, cache, start, whole)
         if self.sink_logit is not None:
             y = apply_sink_logit(*y, self.sink_logit).to(x.dtype)
         return self.wo(y.reshape(B, T, H * self.head_dim))
 
-    def parallel(self, qk, v, turns, slopes, positions, docs, cache, start, whole):
+    def parallel(self, qk, v, angles, slopes, positions, docs, cache, start, whole):
         """Any number of tokens, after those of the cache if there is one."""
-        H, G = self.n_head, self.n_kv_head
-        turned = qk if turns is None else rope(qk, positions, turns)
-        q, k = turned.split([H, G], dim=2)
-        window, first = None if whole else self.window, start
+        window = None if whole else self.window
         S = 0 if window is None else self.sinks
         S = self.sink_tokens if docs is not None else S  # a learned token is of no document: a sink to all of them
-        k_sink, v_sink = k[:, :S], v[:, :S]
+        past = sinks = (qk[:, :0, self.n_head:], v[:, :0])
+        first = start
         if cache is not None:
-            past_k, past_v, first = cache.past(start)
-            old_k, old_v = cache.k[:, :min(S, start)], cache.v[:, :min(S, start)]
-            if turns is not None and not cache.rotated:
-                past_k = rope(past_k, torch.arange(first, start, device=v.device), turns)
-                old_k = rope(old_k, torch.arange(old_k.shape[1], device=v.device), turns)
-            k_sink, v_sink = (torch.cat([old.to(new.dtype), new[:, :max(0, S - start)]], 1)
-                              for old, new in ((old_k, k), (old_v, v)))
-            cache.write(k if cache.rotated else qk[:, :, H:], v, start)
-            k, v = torch.cat([past_k.to(k.dtype), k], 1), torch.cat([past_v.to(v.dtype), v], 1)
+            *past, first = cache.past(start)
+            sinks = cache.k[:, :min(S, start)], cache.v[:, :min(S, start)]
+        parts = []
+        for by in angles:
+            y, k = self.attend(by, qk, v, slopes, positions, docs, past, sinks, start, first, window, S,
+                               cache is not None and cache.rotated)
+            parts.append(y if self.sink_logit is not None else [y])
+        if cache is not None:
+            cache.write(k if cache.rotated else qk[:, :, self.n_head:], v, start)
+        y = parts[0]  # out (B, T, H, D), and with sink_logit lse (B, H, T)
+        if len(parts) > 1 and angles[1].since is None:
+            y = [torch.cat(x, dim) for x, dim in zip(zip(*parts), (1, 2))]
+        elif len(parts) > 1:
+            late = positions >= angles[1].since
+            y = [torch.where(mask, x[1], x[0]) for x, mask in zip(zip(*parts), (late[..., None, None], late[..., None, :]))]
+        return y if self.sink_logit is not None else y[0]
+
+    def attend(self, by, qk, v, slopes, positions, docs, past, sinks, start, first, window, S, rotated):
+        """
+        The rows of `by`, and the keys that they see, rotated by its angles -> what they attend to, and the call's keys.
+        past: keys and values of the cache, from position `first` on, sinks: those of its first tokens, S at most; rotated:
+        the keys of both are.
+        """
+        H, rows, stop = self.n_head, by.rows, by.rows.stop
+        q, k = by.rotate(qk[:, :stop], positions[..., :stop]).split([H, self.n_kv_head], dim=2)
+        (past_k, past_v), (k_sink, v_sink) = past, sinks
+        if past_k.shape[1] + k_sink.shape[1] and not rotated:
+            past_k, k_sink = (by.rotate(x, torch.arange(at, at + x.shape[1], device=x.device))
+                              for x, at in ((past_k, first), (k_sink, 0)))
+        keys, values = (torch.cat([old.to(new.dtype), new], 1) if old.shape[1] else new
+                        for old, new in ((past_k, k), (past_v, v[:, :stop])))
         sinks = None
         if S:
-            clip = turns is not None and window is not None
-            sinks = rope(qk[:, :, :H], positions.clamp(max=S + window - 1), turns) if clip else q, k_sink, v_sink
-        return attention(q, k, v, scale=self.scale, window=window, sinks=sinks, alibi_slopes=slopes, q_docs=docs,
-                         k_docs=docs, q_start=start, k_start=first, return_lse=self.sink_logit is not None)
+            k_sink, v_sink = (torch.cat([old.to(new.dtype), new[:, :max(0, S - start)]], 1)
+                              for old, new in ((k_sink, k), (v_sink, v)))
+            clip = by.turns is not None and window is not None
+            q_sink = by.rotate(qk[:, :stop, :H], positions[..., :stop].clamp(max=S + window - 1)) if clip else q
+            sinks = q_sink[:, rows], k_sink, v_sink
+        q_docs, k_docs = (None, None) if docs is None else (docs[:, rows], docs[:, :stop])
+        y = attention(q[:, rows], keys, values, scale=self.scale, window=window, sinks=sinks, alibi_slopes=slopes,
+                      q_docs=q_docs, k_docs=k_docs, q_start=start + rows.start, k_start=first,
+                      return_lse=self.sink_logit is not None, **self.xpos, **self.blocks)
+        return y, k
 
     def decode(self, qk, v, turns, slopes, positions, state, cache, start):
         """One token after those of the cache, without a gradient."""
         H, G, S = self.n_head, self.n_kv_head, self.sinks
         options = dict(scale=self.scale, return_lse=self.sink_logit is not None)
-        slot = start if self.window is None else state.slot
+        slot = dict(full=start, window=state.slot, blockwise=state.in_ring)[self.kind]
         if not cache.rotated:
             q, k = qk.split([H, G], dim=2)
             keys, values = cache.write_one(k, v, slot)
-            return decode_attention(q, keys, values, state.at, sinks=S, inv_freq=turns, alibi_slopes=slopes, **options)
+            return decode_attention(q, keys, values, state.at, sinks=S, inv_freq=turns, alibi_slopes=slopes, **self.xpos,
+                                    **self.blocks, **options)
         q, k = rope(qk, positions, turns).split([H, G], dim=2)
         keys, values = cache.write_one(k, v, slot)
         if self.window is not None:
@@ -569,7 +648,8 @@ class Attention(nn.Module):
                                         for old, new in zip(cache.past(start), (k, k_rot, v)))
         q, keys = self.memory_inputs(q, keys)
         y, memory = infini_attention(q, keys, values, self.beta, q_rot=q_rot, k_rot=turned, segment=self.segment,
-                                     rule=self.rule, state=memory, docs=docs, scale=self.scale, alibi_slopes=slopes)
+                                     rule=self.rule, state=memory, docs=docs, scale=self.scale, alibi_slopes=slopes,
+                                     **self.xpos)
         if cache is not None:
             cache.write(k_rot if cache.rotated else k, v, start, memory)
         return y
@@ -583,7 +663,8 @@ class Attention(nn.Module):
             local = attention(q_rot, keys, values, causal=False, scale=self.scale)
         else:
             keys, values = cache.write_one(k, v, state.in_segment)
-            local = decode_attention(q, keys, values, state.in_segment, inv_freq=turns, alibi_slopes=slopes, scale=self.scale)
+            local = decode_attention(q, keys, values, state.in_segment, inv_freq=turns, alibi_slopes=slopes, scale=self.scale,
+                                     **self.xpos)
         return memory_read(next(self.memory_inputs(q, k)), local, self.beta, (cache.M, cache.z))
 
     def fold(self, k, v, memory):
@@ -636,23 +717,85 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         n = config.sink_tokens
         self.sink_embedding = nn.Parameter(torch.empty(n, config.n_embd)) if n else None
-        turns, slopes, factor = None, None, 1.0
+        slopes = None
         with torch.device("cpu"):  # real even when the weights are built on "meta"
-            if config.position == "rope":
-                frequencies, factor = config.frequencies()
-                turns = rope_turns(frequencies)
             if config.position == "alibi":
                 slopes = (alibi_slopes(config.n_head) * config.alibi_scale).view(torch.int32)
-        # both buffers are integers, the slopes by their bits: no .to(bfloat16) follows them
+        # the slopes by their bits, the frequencies as turns: no .to(bfloat16) follows integers
         device = "cpu" if self.wte.weight.is_meta else self.wte.weight.device
-        self.register_buffer("turns", None if turns is None else turns.to(device), persistent=False)
         self.register_buffer("slopes", None if slopes is None else slopes.to(device), persistent=False)
-        # YaRN's factor on q and k goes into the scale: with partial rotary the cosines would miss the other dims
-        scale = factor**2 * config.head_dim**-0.5
+        for name in ("turns", "long_turns", "near_turns"):
+            self.register_buffer(name, None, persistent=False)
+        scale = self._set_frequencies(device)
         self.blocks = nn.ModuleList(Block(config, i, scale) for i in range(config.n_layer))
         self.norm_f = Norm(config)
         self.lm_head = None if config.tie_embeddings else Linear(config.n_embd, config.vocab_size, bias=False)
         self._init_weights()
+
+    def _set_frequencies(self, device) -> float:
+        """
+        The rotary frequencies as turns: those of a text up to the trained length, and longrope's past it. -> the factor on
+        scores: YaRN's on q and k is in it; with partial rotary the cosines would miss the other dims.
+        """
+        c, factor = self.config, 1.0
+        self.turns = self.long_turns = self.near_turns = None
+        self._stretched = {}  # dynamic scaling's turns by length
+        if c.rotary:
+            with torch.device("cpu"):
+                frequencies, factor = c.frequencies()
+                self.turns = rope_turns(frequencies).to(device)
+                if c.rope_type == "longrope":
+                    self.long_turns = rope_turns(c.frequencies(c.trained_length + 1)[0]).to(device)
+                    self.near_turns = rope_turns(rope_frequencies(c.rotary_dim, c.rope_base)[0]).to(device)
+        return factor**2 * c.head_dim**-0.5
+
+    def set_rope_scaling(self, scaling: dict | None):
+        """Another rope_scaling (None: no scaling) in place; states made before are not of this model any more. ValueError."""
+        self.config = replace(self.config, rope_scaling=scaling)
+        scale = self._set_frequencies(self.wte.weight.device)
+        for block in self.blocks:
+            block.attn.scale = scale
+
+    def angles(self, start: int | None, T: int, explicit: bool) -> dict[str, list[Angles]]:
+        """
+        For each kind of layer what the T rows from position `start` on rotate by, one after another. Where the frequencies
+        depend on the length of the text, it is p + 1 for a query at position p, or the layer's span if that is less: every
+        query and the keys that it sees are rotated as if the text ended there, in one pass as in a stream. Dynamic scaling
+        past the trained length L counts in steps of L / 8, so that keys are not rotated anew for each query. explicit:
+        positions are given, a query's length is its own; start None: a state that is full.
+        """
+        c, rows = self.config, slice(0, T)
+        first = Angles(rows, self.turns)
+        if not c.by_length:
+            return {kind: [first] for kind in c.layer_kinds}
+        L, made = c.trained_length, {}
+        step = max(1, L // 8) if c.rope_type == "dynamic" else sys.maxsize
+        for kind in c.layer_kinds:
+            span = c.span(kind)
+            if span <= L:
+                made[kind] = [first]
+            elif explicit:
+                made[kind] = [first, self._angles(rows, L + 1)._replace(since=L)]
+            else:
+                at = span - 1 if start is None else start
+                end = at + T
+                edges = [at, *(p for p in range(L, min(end, span), step) if p > at), end]
+                made[kind] = [self._angles(slice(a - at, b - at), min(b, span)) for a, b in zip(edges, edges[1:])]
+        return made
+
+    def _angles(self, rows: slice, length: int) -> Angles:
+        """What `rows`, the last of which ends a text of `length` tokens, rotate by."""
+        c, L = self.config, self.config.trained_length
+        if length <= L:
+            return Angles(rows, self.turns)
+        if c.rope_type == "longrope":
+            n_hat = c.rope_scaling.get("n_hat", 0)
+            return Angles(rows, self.long_turns, n_hat=n_hat, near=self.near_turns if n_hat else None)
+        step = max(1, L // 8)
+        length = L + -(-(length - L) // step) * step
+        if length not in self._stretched or self._stretched[length].device != self.turns.device:
+            self._stretched[length] = rope_turns(c.frequencies(length)[0]).to(self.turns.device)
+        return Angles(rows, self._stretched[length])
 
     def _init_weights(self):
         for module in self.modules():
@@ -679,18 +822,19 @@ class GPT(nn.Module):
         n = c.sink_tokens if start == 0 else 0
         # a window that holds every token, where it counts them itself, is full attention
         whole = positions is None and start == 0 and n + idx.shape[1] <= c.sinks + c.window
+        explicit = positions is not None
         if positions is None:
             positions = torch.arange(start, start + idx.shape[1], device=idx.device)
             if docs is not None and n:  # each document begins right after the learned tokens
                 if c.position == "alibi":
                     raise ValueError(f"docs with sink_tokens {n} and position 'alibi': its distances run through all documents")
                 begins = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0)) * positions
-                positions = positions - begins.cummax(1).values
+                positions, explicit = positions - begins.cummax(1).values, True
         if n:  # the learned tokens come first; the others move up
             x = torch.cat([self.sink_embedding.to(x.dtype).expand(x.shape[0], n, -1), x], 1)
             positions = torch.cat([torch.arange(n, device=idx.device).expand(*positions.shape[:-1], n), positions + n], -1)
             docs = docs if docs is None else F.pad(docs, (n, 0))
-        x = self._blocks(x.to(self.compute_dtype or x.dtype), positions, docs, state, start, whole)
+        x = self._blocks(x.to(self.compute_dtype or x.dtype), positions, docs, state, start, whole, explicit)
         if state is not None:  # not before every layer is done: a call that was cut short can be made again
             state.advance(x.shape[1])
         return x[:, n:]
@@ -707,8 +851,11 @@ class GPT(nn.Module):
                              f"the first document's tokens; set sinks to {self.config.sink_tokens}")
         if positions is not None and self.config.position != "rope":
             raise ValueError(f"positions are for rotary models, position is {self.config.position!r}: leave them away")
+        if positions is not None and self.config.rope_type == "dynamic":
+            raise ValueError("positions with dynamic rope_scaling, which goes by the length of the text: leave them away, or take "
+                             "ntk, the same for one length")
 
-    def _blocks(self, x, positions, docs, state, start, whole=False):
+    def _blocks(self, x, positions, docs, state, start, whole=False, explicit=False):
         """The blocks and the last norm. start may be None when one token is decoded from un-rotated rings."""
         slopes = None if self.slopes is None else self.slopes.view(torch.float32)
         if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
@@ -716,8 +863,10 @@ class GPT(nn.Module):
             state.at.copy_(positions)
             state.slot.copy_(torch.where(positions < c.sinks, positions, c.sinks + (positions - c.sinks) % c.window))
             state.in_segment.copy_(positions % c.segment)
+            state.in_ring.copy_(positions % c.span("blockwise"))
+        angles = self.angles(start, x.shape[1], explicit)
         for block in self.blocks:
-            args = x, self.turns, slopes, positions, docs, state, start, whole
+            args = x, angles, slopes, positions, docs, state, start, whole
             if self.activation_checkpointing and state is None and torch.is_grad_enabled():
                 x = checkpoint(block, *args, use_reentrant=False)
             else:
@@ -785,11 +934,12 @@ class GPT(nn.Module):
         """An empty state for `batch_size` sequences, on the model's device, in the dtype it computes in."""
         c, w = self.config, self.wte.weight
         dtype = self.compute_dtype or w.dtype
-        rotated = c.position == "rope" and not use_triton(w)
+        rotated = c.position == "rope" and not c.by_length and "blockwise" not in c.attention and not use_triton(w)
         args = batch_size, c.n_kv_head, c.head_dim, w.device, dtype, rotated
         about = f"position {c.position} {c.rope_base:g} {c.rope_fraction:g} {c.rope_scaling}, {c.sink_tokens} sink_tokens"
         with torch.inference_mode(False):  # a state may outlive the mode it was made in
             new = dict(full=lambda attn: KVCache(*args), window=lambda attn: WindowCache(*args, c.sinks, c.window),
+                       blockwise=lambda attn: WindowCache(*args, 0, c.span("blockwise")),
                        infini=lambda attn: InfiniCache(*args, c.segment, attn, self.turns))
             return State(batch_size, [new[kind](block.attn) for kind, block in zip(c.layer_kinds, self.blocks)], self.turns,
                          about)
@@ -836,8 +986,9 @@ class GPT(nn.Module):
 
     def can_graph(self, state: State) -> bool:
         """Whether a decoding step can be a CUDA graph: on a GPU, by the Triton kernels, with a state that never grows."""
-        w = self.wte.weight
-        return w.is_cuda and use_triton(w) and all(not c.rotated and c.layout != "full" for c in state.layers)
+        w, c = self.wte.weight, self.config
+        fixed = not c.by_length or state.position + 1 >= max(map(c.span, c.layer_kinds)) and not c.rope_scaling.get("n_hat")
+        return w.is_cuda and use_triton(w) and fixed and all(not x.rotated and x.layout != "full" for x in state.layers)
 
     def _decode_step(self, token, position, state):
         """
@@ -896,6 +1047,11 @@ class GPT(nn.Module):
                 whole, rest = divmod(T, c.segment)
                 keys += (whole * c.segment * (c.segment + 1) + rest * (rest + 1)) / (2 * T)
                 memory += c.n_head + c.n_kv_head * (2 if c.memory_rule == "delta" else 1)
+                continue
+            if kind == "blockwise":  # its first half-block, then whole ones with the one before, then the rest
+                half, seen = c.block_size // 2, min(T, c.block_size // 2)
+                whole, rest = divmod(T - seen, half)
+                keys += (seen * (seen + 1) + whole * half * (3 * half + 1) + rest * (2 * half + rest + 1)) / (2 * T)
                 continue
             n = min(T, c.sinks + c.window) if kind == "window" else T  # the first n queries see all before them
             keys += n / T * (n + 1) / 2 + (T - n) / T * (c.sinks + c.window)

@@ -323,9 +323,9 @@ def test_files(tmp_path):
     (dict(n_head=5), "n_embd 32 is not divisible by n_head 5"),
     (dict(n_kv_head=3), "n_head 4 is not divisible by n_kv_head 3"),
     (dict(n_layer=0), "n_layer is 0"), (dict(n_inner=0), "n_inner is 0"), (dict(head_dim=300), "head_dim is 300"),
-    (dict(attention="flash"), "one of full, window, infini or a"),
+    (dict(attention="flash"), "one of full, window, infini, blockwise or a"),
     (dict(norm="batch"), "one of rmsnorm, layernorm"), (dict(head_dim=9), "rotates 9 dims"),
-    (dict(rope_fraction=0.1), "rotates 0 dims"), (dict(position="sin"), "one of rope, alibi, none")])
+    (dict(rope_fraction=0.1), "rotates 0 dims"), (dict(position="sin"), "one of rope, xpos, alibi, none")])
 def test_wrong_configurations(change, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**{**TINY, **change})

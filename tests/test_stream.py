@@ -25,6 +25,14 @@ VARIANTS = {
     "sink logit": dict(sink_logit=True),
     "sink tokens": dict(sink_tokens=2),
     "hybrid": dict(attention="window,full", sink_logit=True, sink_tokens=1),
+    "dynamic": dict(attention="full,window", window=41, rope_scaling=dict(
+        rope_type="dynamic", factor=2.0, original_max_position_embeddings=24)),
+    "longrope": dict(attention="full,window", window=41, sink_logit=True, rope_scaling=dict(
+        rope_type="longrope", factor=4.0, original_max_position_embeddings=24, short_factor=[1.0] * 4,
+        long_factor=[1.0, 2.0, 3.0, 4.0], n_hat=2)),
+    "xpos": dict(position="xpos"),
+    "blockwise xpos": dict(attention="blockwise,full", position="xpos", block_size=22),
+    "infini xpos": dict(attention="infini", segment=9, position="xpos"),
     "infini": dict(attention="infini", segment=9),
     "infini linear": dict(attention="infini", segment=8, memory_rule="linear", n_kv_head=1, rope_fraction=0.5, memory_norm=3.0),
     "infini alibi": dict(attention="infini", segment=12, position="alibi"),
@@ -348,7 +356,7 @@ def test_flops_count_the_keys_that_are_seen():
     (dict(attention="window,flash"), "comma-separated pattern"), (dict(alibi_scale=2.0), "alibi_scale 2.0 needs position"),
     (dict(shared_norm=True), "shared_norm is True"),
     (dict(position="none", rope_scaling={"rope_type": "linear", "factor": 2.0}), "needs position 'rope'"),
-    (dict(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "depends on the length"),
+    (dict(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "lacks original_max_position_embeddings"),
     (dict(rope_scaling={"rope_type": "nkt", "factor": 2.0}), "nkt")])
 def test_wrong_configurations(change, message):
     with pytest.raises(ValueError, match=message):

@@ -473,6 +473,7 @@ def test_rope_scaling_of_what_init_from_was_trained_at(bare, pose, tmp_path, who
     (["--attention=full,window"], ["pose_target 256 with attention full,window", "--attention full"]),
     (["--attention=infini"], ["pose_target 256 with attention infini"]),
     (["--mask-documents"], ["pose_target 256 with mask_documents"]),
+    (["--rope-scaling=dynamic"], ["pose_target 256 with rope_scaling dynamic", "--rope-scaling ntk"]),
     (["--data=data/passkey", "--block-size=320", "--batch-tokens=1280", "--pose-target=640"], ["pose_target 640 with data/pass"]),
     (["--rope-scaling=yarm"], ["rope_scaling yarm", "linear, ntk"]), (["--rope-scaling=[1]"], ["rope_scaling [1]", "JSON object"]),
     (["--rope-scaling=llama3"], ["llama3", "low_freq_factor"])])
