@@ -267,6 +267,24 @@ def test_copied(prefix):
     assert evaluation.copied(Copier(), windows, 8, [], 16)[0] == 1
 
 
+def test_lengths_of_an_alibi_model(tmp_path, monkeypatch):
+    """Its slopes are scaled by --alibi-scale, its attention is what --attention says, at every length."""
+    monkeypatch.setattr(evaluation, "RESULTS", tmp_path)
+    tiny("full", position="alibi").save_pretrained(str(tmp_path / "m"), dict(tokenizer="byte"))
+    command = ["lengths", "--model", str(tmp_path / "m"), "--text", BOOK, "--lengths", "64", "512", "--windows", "3",
+               "--targets", "32", "--copy", "0"]
+    ppl = []
+    for name, flags in (("a", []), ("b", ["--alibi-scale", "0.25"])):
+        main([*command, "--attention", "as-is", "blockwise", "0+64", "--name", name, *flags])
+        variants = json.loads((tmp_path / f"{name}.json").read_text())["variants"]
+        assert [v["label"] for v in variants] == ["as-is", "as-is, blockwise", "as-is, 0+64"]
+        ppl.append([[c["ppl"] for c in v["cells"]] for v in variants])
+    assert len({x[1] for scale in ppl for x in scale}) == 6  # beyond the trained 128 all differ
+    for scale in ppl:
+        assert scale[0][0] == pytest.approx(scale[1][0]) == pytest.approx(scale[2][0])
+    assert ppl[0][0][0] != ppl[1][0][0]
+
+
 def test_copying_of_a_real_model(smollm2):
     """SmolLM2-135M copies nearly everything from 192 tokens back, and what it copies it would seldom guess."""
     windows = evaluation.read_windows([BOOK], load_tokenizer(smollm2), 4, 256)
