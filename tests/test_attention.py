@@ -27,7 +27,7 @@ def xpos_factors(xpos, q, k, sinks=None, window=None, q_start=0, k_start=0):
     if xpos is None:
         return [(1.0, 1.0) for _ in distances]
     zeta = [(2 * (i % (xpos // 2)) / xpos + 0.4) / 1.4 if i < xpos else 1.0 for i in range(q.shape[3])]
-    return [[(torch.tensor(zeta).double() ** (n[:, None] / 512))[:, None] for n in pair] for pair in distances]
+    return [[(torch.tensor(zeta, dtype=torch.float64) ** (n[:, None] / 512))[:, None] for n in pair] for pair in distances]
 
 
 def every_score(q, k, v, scale=None, causal=True, window=None, sinks=None, segment=None, lookback=0, alibi_slopes=None,
@@ -511,12 +511,12 @@ def test_other_segments_are_not_visited(causal, backend, monkeypatch):
 def test_segments_out_of_reach_are_not_visited(backend, monkeypatch):
     """NaN two segments back goes unnoticed with a lookback of one, and NaN two segments on in the keys' gradients."""
     monkeypatch.setenv("NANOLONG_KERNELS", backend)
-    N, T = 32, 160
-    inputs = tensors((1, T, T, 0, 2, 1, 8), "contiguous", torch.float64)
-    douts = torch.randn_like(inputs[0]), torch.randn(1, 2, T, dtype=torch.float64)
+    N, T = 64, 256
+    inputs = tensors((1, T, T, 0, 1, 1, 8), "contiguous", torch.float64)
+    douts = torch.randn_like(inputs[0]), torch.randn(1, 1, T, dtype=torch.float64)
     options = dict(segment=N, lookback=1, xpos=8, return_lse=True)
     expected = run(attention, inputs, douts, **options)
-    for nan, rows, keys in ((slice(0, 64), slice(96, T), slice(96, T)), (slice(96, T), slice(0, 96), slice(0, 64))):
+    for nan, rows, keys in ((slice(0, 64), slice(128, T), slice(128, T)), (slice(128, T), slice(0, 128), slice(0, 64))):
         poisoned = [x.clone() for x in inputs]
         for x in poisoned:
             x[:, nan] = torch.nan
