@@ -813,14 +813,17 @@ XPOS_TILES = {  # and theirs with xPos, which walks chunk by chunk and needs mor
     (80, 2, 128): dict(dkdv=(32, 64, 8, 2)),
     (80, 2, 256): dict(fwd=(64, 16, 8, 2), dq=(32, 32, 8, 2)),
     (89, 2, 64): dict(dq=(64, 32, 4, 2), sinks=(32, 16, 4, 2)),
-    (89, 2, 128): dict(dkdv=(32, 32, 8, 2)),
-    (89, 2, 256): dict(fwd=(64, 16, 8, 2), dkdv=(16, 32, 8, 2)),
+    (89, 2, 128): dict(sinks=(32, 16, 4, 2)),
     (90, 2, 128): dict(fwd=(128, 32, 8, 2), dq=(64, 64, 8, 2), dkdv=(32, 64, 8, 2), sinks=(32, 16, 4, 2)),
     (90, 2, 256): dict(dq=(32, 32, 8, 2)),
     (100, 2, 64): dict(dq=(64, 32, 4, 2)),
     (100, 2, 128): dict(fwd=(64, 64, 8, 2), dq=(64, 64, 8, 2), dkdv=(32, 64, 8, 1), sinks=(32, 16, 4, 2)),
     (100, 2, 256): dict(fwd=(32, 32, 8, 2), dq=(32, 32, 8, 2), dkdv=(32, 32, 8, 2)),
 }
+for _arch in (80, 89, 90, 100):
+    XPOS_TILES[_arch, 4, 64] = dict(fwd=(32, 16, 8, 2), dkdv=(16, 32, 8, 2))
+    XPOS_TILES[_arch, 4, 128] = dict(dkdv=(16, 16, 8, 2))
+    XPOS_TILES[_arch, 4, 256] = dict(fwd=(16, 16, 8, 1), dq=(16, 16, 4, 1))
 SINK_TILES = {(2, 64): (64, 16, 4, 2), (2, 128): (64, 16, 4, 2), (2, 256): (16, 16, 4, 2),  # dk and dv of sinks
               (4, 64): (32, 16, 4, 2), (4, 128): (16, 16, 4, 2), (4, 256): (16, 16, 4, 1)}
 SPLIT_BLOCKS = 16  # blocks of rows whose sum over the sinks' gradients one program makes
