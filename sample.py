@@ -40,10 +40,10 @@ import tyro
 from tqdm import tqdm
 
 from data.chat import Chat, converse, read_prompt
-from data.pretrained import find_folder
+from data.pretrained import find_folder, load_fields
 from data.tokenizer import Tokenizer, load_tokenizer
 from kernels.backend import use_triton
-from model import GPT, State
+from model import GPT, State, read_rope_scaling
 from train import TrainConfig, choose_place, fsync
 
 SHIPPED = Path(__file__).parent / "data/stories260k"
@@ -59,6 +59,8 @@ class Options:
     model: str | None = None  # a pretrained model instead of a run: its folder or hub id
     window: int | None = None  # every layer sees the last so many tokens, and the sinks: no end, constant memory
     sinks: int | None = None  # the first tokens, never dropped; None: 4 with --window, else the model's own
+    blockwise: bool = False  # every layer sees half of block_size, and the half before it: the same, for xPos models
+    rope_scaling: str | None = None  # a longer context: a family as JSON with its factor, or a file that search.py wrote
     # text (--prompt=-x if it begins with a dash), FILE:path, or - for stdin; one newline at a file's end is dropped
     prompt: Annotated[str | None, tyro.conf.arg(
         metavar="TEXT", constructor=str, help_behavior_hint="(default: stdin if piped, or a document's start)")] = None
@@ -81,7 +83,9 @@ class Options:
 
 def check(opt: Options):
     """SystemExit, one line, for an option that excludes another or has a range that the model does not check."""
-    for wrong, why in ((None not in (opt.run, opt.model), f"run {opt.run} and --model {opt.model}: give one of them"),
+    for wrong, why in ((opt.blockwise and (opt.window, opt.sinks) != (None, None), "--blockwise has no window and no sinks: "
+                        "leave them or it away"),
+                       (None not in (opt.run, opt.model), f"run {opt.run} and --model {opt.model}: give one of them"),
                        (not 0 <= (opt.seed or 0) < 2**63, f"--seed is {opt.seed}: it must be in [0, 2^63)"),
                        (opt.max_new_tokens is not None and opt.max_new_tokens < 1,
                         f"--max-new-tokens is {opt.max_new_tokens}: it must be at least 1"),
@@ -144,11 +148,19 @@ def find_model(run: str | None, model: str | None) -> str | None:
 def choose_model(opt: Options) -> tuple[str, dict]:
     """-> the folder or hub id to load, the fields of its GPTConfig to replace. Says so if it is the shipped model."""
     fields = {} if opt.window is None else {"attention": "window", "window": opt.window, "sinks": 4}
+    fields |= {"attention": "blockwise"} if opt.blockwise else {}
     name = find_model(opt.run, opt.model)
     if name is None:
         say(f"no run in runs/: streaming from {SHIPPED}, 260K parameters that tell stories; to train one: "
             "python train.py config/quickstart.py")
         name, fields = SHIPPED, fields or {"attention": "window", "window": 508, "sinks": 4}
+    if opt.rope_scaling is not None:
+        try:
+            own = load_fields(find_folder(str(name)))[0]
+            trained = (own.get("rope_scaling") or {}).get("original_max_position_embeddings", own["block_size"])
+            fields |= {"rope_scaling": read_rope_scaling(opt.rope_scaling, trained)}
+        except (ValueError, OSError) as e:
+            raise SystemExit(f"--rope-scaling: {e}") from None
     return str(name), fields | ({} if opt.sinks is None else {"sinks": opt.sinks})
 
 
@@ -337,7 +349,7 @@ def peak_memory(device: torch.device) -> str:
 def about_state(model: GPT, state: State) -> str:
     """The state's size, and what of it grows with the text."""
     c, full = model.config, model.config.layer_kinds.count("full")
-    kinds = dict(window=f"window {c.window} + {c.sinks} sinks", infini=f"segment {c.segment} + memory")
+    kinds = dict(window=f"window {c.window} + {c.sinks} sinks", blockwise=f"blocks of {c.block_size // 2}", infini=f"segment {c.segment} + memory")
     constant = f"constant ({', '.join(words for kind, words in kinds.items() if kind in c.attention)})"
     grows = 2 * full * c.n_kv_head * c.head_dim * state.layers[0].k.itemsize  # bytes: a key and a value per layer
     rest = "" if full == c.n_layer else f" in {full} of {c.n_layer} layers, the others are {constant}"

@@ -276,6 +276,7 @@ def choose_model(config: TrainConfig) -> tuple[TrainConfig, GPTConfig, Tokenizer
         raise ValueError(f"mask_documents with sinks {c.sinks} and sink_tokens {c.sink_tokens}: the sinks would be the "
                          f"first document's tokens; use --sinks {c.sink_tokens} or --sink-tokens {c.sinks}")
     resolved = {f.name: getattr(c, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
+    c = replace(c, block_size=config.pose_target or c.block_size)  # the model's: the length that it has learnt
     return replace(config, tokenizer=name, vocab_multiple=multiple, **resolved), c, tokenizer, folder
 
 

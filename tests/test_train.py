@@ -395,7 +395,7 @@ def test_pose_first_step_is_that_of_its_samples(pose, tmp_path, data, capsys):
     assert records(tmp_path / "direct", "loss", "grad_norm")[1] == pytest.approx((loss.item(), norm), rel=1e-6)
     assert "32 tokens in 3 chunk(s) at positions 0 to 255" in capsys.readouterr().out
     learned = GPT.from_pretrained(str(tmp_path / "direct" / "step_0000001"))
-    assert (learned.config.rope_scaling, learned.config.block_size) == (scaling, 32)
+    assert (learned.config.rope_scaling, learned.config.block_size) == (scaling, 256)
     config = train.TrainConfig(block_size=32, batch_size=4, eval_tokens=300)
     nbytes = load_tokenizer("byte").token_nbytes
     again = train.evaluate(learned, TokenFile(data / "validation.byte.tokens"), nbytes, config, place())
@@ -412,8 +412,8 @@ def test_pose_resumes_bit_by_bit(pose, tmp_path, capsys):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert "differs by" not in capsys.readouterr().out
     scaling = '{"rope_type": "yarn", "factor": 8}'  # the same in full
-    train.main([*pose, "--name=other", start, f"--rope-scaling={scaling}", "--pose-target=200", "--pose-chunks=3"])
-    assert "differs by pose_target 256 -> 200, pose_chunks None -> 3\n" in capsys.readouterr().out
+    train.main([*pose, "--name=other", start, f"--rope-scaling={scaling}", "--pose-chunks=3"])
+    assert "differs by pose_chunks None -> 3\n" in capsys.readouterr().out
     assert "rope_scaling {'rope_type': 'yarn'" in fails(*pose, "--name=wrong", start, "--rope-scaling=ntk")
 
 
@@ -444,11 +444,11 @@ def test_rope_scaling_of_what_init_from_was_trained_at(bare, pose, tmp_path, who
 
     yarn = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=32)
     made = chosen(init_from=str(whole), rope_scaling="yarn", pose_target=256, block_size=16)
-    assert (made.rope_scaling, made.block_size) == (yarn, 16)
+    assert (made.rope_scaling, made.block_size) == (yarn, 256)
     train.main([*bare, f"--init-from={whole}", "--name=short", "--block-size=16", "--batch-tokens=64", "--max-steps=1",
                 "--pose-target=256", "--rope-scaling=yarn"])
     short = str(tmp_path / "short")
-    assert chosen(init_from=short).rope_scaling == yarn and chosen(init_from=short).block_size == 16
+    assert chosen(init_from=short).rope_scaling == yarn and chosen(init_from=short).block_size == 256
     assert chosen(init_from=short, rope_scaling="yarn", pose_target=512).rope_scaling == yarn | {"factor": 16.0}
     assert chosen(init_from=str(whole), rope_scaling="linear", block_size=64).rope_scaling["factor"] == 2  # no PoSE
     assert chosen(block_size=64, rope_scaling="ntk", pose_target=128).rope_scaling == dict(rope_type="ntk", factor=2.0)
@@ -781,7 +781,7 @@ def test_recipes_load_and_make_a_model(path, llama):
         factors = dict(short_factor=[1.0] * 4, long_factor=[1.0, 2.0, 3.0, 4.0], factor=16.0)
         config = replace(config, rope_scaling=json.dumps(dict(rope_type="longrope", **factors)))
     config, wanted = train.choose_model(config)[:2]
-    assert wanted.block_size == config.block_size and (config.pose_target is None or wanted.rope_scaling["factor"] > 1)
+    assert wanted.block_size == (config.pose_target or config.block_size) and (config.pose_target is None or wanted.rope_scaling["factor"] > 1)
     with torch.device("meta"):
         model = GPT(wanted)
     assert train.resolve_batch(config, 1)[1] >= 1 and model.config.n_layer == config.n_layer
