@@ -74,7 +74,8 @@ class GPTConfig:
         if not 1 <= self.head_dim <= 256:
             raise ValueError(f"head_dim is {self.head_dim}: the attention kernel takes 1 to 256")
         for name, known in (("attention", ("full", "window", "infini", "blockwise")),
-                            ("position", ("rope", "xpos", "alibi", "none")), ("norm", ("rmsnorm", "layernorm")), ("mlp", ("swiglu", "gelu")),
+                            ("position", ("rope", "xpos", "alibi", "none")),
+                            ("norm", ("rmsnorm", "layernorm")), ("mlp", ("swiglu", "gelu")),
                             ("memory_rule", ("delta", "linear"))):
             for value in getattr(self, name).split(",") if name == "attention" else [getattr(self, name)]:
                 if value not in known:
@@ -93,8 +94,8 @@ class GPTConfig:
         if not math.isfinite(self.memory_beta):
             raise ValueError(f"memory_beta is {self.memory_beta}: it must be finite; -1000 shuts the gates for good")
         if "blockwise" in self.attention and (self.block_size < 2 or self.sink_tokens):
-            raise ValueError(f"attention {self.attention!r} with block_size {self.block_size} and sink_tokens {self.sink_tokens}: "
-                             "blockwise layers see two halves of block_size, and no token in front for long")
+            raise ValueError(f"attention {self.attention!r} with block_size {self.block_size} and sink_tokens "
+                             f"{self.sink_tokens}: blockwise layers see two halves of block_size, and no token in front for long")
         if "infini" in self.attention and (self.sink_logit or self.sink_tokens):
             name = "sink_logit" if self.sink_logit else "sink_tokens"
             raise ValueError(f"{name} {getattr(self, name)} with attention {self.attention!r}: infini layers have a memory "
@@ -852,8 +853,8 @@ class GPT(nn.Module):
         if positions is not None and self.config.position != "rope":
             raise ValueError(f"positions are for rotary models, position is {self.config.position!r}: leave them away")
         if positions is not None and self.config.rope_type == "dynamic":
-            raise ValueError("positions with dynamic rope_scaling, which goes by the length of the text: leave them away, or take "
-                             "ntk, the same for one length")
+            raise ValueError("positions with dynamic rope_scaling, which goes by the length of the text: leave them away, or "
+                             "take ntk, the same for one length")
 
     def _blocks(self, x, positions, docs, state, start, whole=False, explicit=False):
         """The blocks and the last norm. start may be None when one token is decoded from un-rotated rings."""

@@ -349,7 +349,8 @@ def peak_memory(device: torch.device) -> str:
 def about_state(model: GPT, state: State) -> str:
     """The state's size, and what of it grows with the text."""
     c, full = model.config, model.config.layer_kinds.count("full")
-    kinds = dict(window=f"window {c.window} + {c.sinks} sinks", blockwise=f"blocks of {c.block_size // 2}", infini=f"segment {c.segment} + memory")
+    kinds = dict(window=f"window {c.window} + {c.sinks} sinks", blockwise=f"blocks of {c.block_size // 2}",
+                 infini=f"segment {c.segment} + memory")
     constant = f"constant ({', '.join(words for kind, words in kinds.items() if kind in c.attention)})"
     grows = 2 * full * c.n_kv_head * c.head_dim * state.layers[0].k.itemsize  # bytes: a key and a value per layer
     rest = "" if full == c.n_layer else f" in {full} of {c.n_layer} layers, the others are {constant}"

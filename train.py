@@ -316,15 +316,15 @@ def check_used(config: TrainConfig, c: GPTConfig):
             if wrong:
                 raise ValueError(f"carry_memory with {why}")
     if config.pose_target is not None:
-        for wrong, why in ((config.pose_target < c.block_size, f"block_size {c.block_size}: the target is the longer one; use --pose-target "
-                            f"{16 * c.block_size}, 16 times as long, or --block-size {config.pose_target} at most"),
+        for wrong, why in ((config.pose_target < c.block_size, f"block_size {c.block_size}: the target is the longer one; use "
+                            f"--pose-target {16 * c.block_size}, 16 times as long, or --block-size {config.pose_target} at most"),
                            (c.position != "rope", f"position {c.position}: only those of rope can skip; use "
                             "--position rope, or leave pose_target away"),
                            (set(c.layer_kinds) != {"full"}, f"attention {c.attention}: only full attention meets distances "
                             "that long; use --attention full, or leave pose_target away"),
                            ((config.pose_chunks or 2) > c.block_size, f"pose_chunks {config.pose_chunks or 2} and block_size "
                             f"{c.block_size}: a chunk has a token at least; use --pose-chunks {c.block_size} at most"),
-                           ("dynamic" in (c.rope_scaling or {}).values(), "rope_scaling dynamic: it goes by the length of a "
+                           (c.rope_type == "dynamic", "rope_scaling dynamic: it goes by the length of a "
                             "text, which PoSE's sequences do not have; use --rope-scaling ntk, the same for one length"),
                            (config.mask_documents, "mask_documents: each sequence is inside one document already"),
                            (passkey, "data/passkey: a task's place is its text's, which must not skip")):

@@ -151,8 +151,8 @@ def test_reading_a_scaling(tmp_path):
     assert read_rope_scaling(dict(rope_type="ntk", factor=2), 256, 1024) == dict(rope_type="ntk", factor=2)
     assert read_rope_scaling('{"rope_type": "dynamic", "factor": 2}', 256)["original_max_position_embeddings"] == 256
     path.write_text("[1]")
-    for wrong, message in (("yam", "must be one of default, linear"), (str(path), "it holds list"), ("linear", "lacks its factor"),
-                           ('{"rope_type": "rope"}', "rope_type 'rope' is unknown")):
+    for wrong, message in (("yam", "must be one of default, linear"), (str(path), "it holds list"),
+                           ("linear", "lacks its factor"), ('{"rope_type": "rope"}', "rope_type 'rope' is unknown")):
         with pytest.raises(ValueError, match=message) as error:
             read_rope_scaling(wrong, 256)
         assert "\n" not in str(error.value)

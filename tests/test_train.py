@@ -475,7 +475,8 @@ def test_rope_scaling_of_what_init_from_was_trained_at(bare, pose, tmp_path, who
     (["--mask-documents"], ["pose_target 256 with mask_documents"]),
     (["--rope-scaling=dynamic"], ["pose_target 256 with rope_scaling dynamic", "--rope-scaling ntk"]),
     (["--data=data/passkey", "--block-size=320", "--batch-tokens=1280", "--pose-target=640"], ["pose_target 640 with data/pass"]),
-    (["--rope-scaling=yarm"], ["rope_scaling yarm", "linear, ntk"]), (["--rope-scaling=[1]"], ["rope_scaling [1]", "JSON object"]),
+    (["--rope-scaling=yarm"], ["rope_scaling yarm", "linear, ntk"]),
+    (["--rope-scaling=[1]"], ["rope_scaling [1]", "JSON object"]),
     (["--rope-scaling=llama3"], ["llama3", "low_freq_factor"])])
 def test_mistakes_about_pose(tiny, tmp_path, options, words):
     message = fails(*tiny, "--pose-target=256", *options)
@@ -781,7 +782,8 @@ def test_recipes_load_and_make_a_model(path, llama):
         factors = dict(short_factor=[1.0] * 4, long_factor=[1.0, 2.0, 3.0, 4.0], factor=16.0)
         config = replace(config, rope_scaling=json.dumps(dict(rope_type="longrope", **factors)))
     config, wanted = train.choose_model(config)[:2]
-    assert wanted.block_size == (config.pose_target or config.block_size) and (config.pose_target is None or wanted.rope_scaling["factor"] > 1)
+    assert wanted.block_size == (config.pose_target or config.block_size)
+    assert config.pose_target is None or wanted.rope_scaling["factor"] > 1
     with torch.device("meta"):
         model = GPT(wanted)
     assert train.resolve_batch(config, 1)[1] >= 1 and model.config.n_layer == config.n_layer
