@@ -37,11 +37,10 @@ from tqdm import tqdm
 
 from data.loader import sample_rng
 from data.passkey.task import HELD_OUT, Task, passkey
-from data.pretrained import find_folder, load_fields
 from data.tokenizer import Tokenizer
 from kernels import linear_cross_entropy
-from model import GPT, read_rope_scaling
-from sample import SHIPPED, find_model, load, size
+from model import GPT
+from sample import SHIPPED, find_model, load, scaling_fields, size
 from train import Place, TrainConfig, choose_place
 
 RESULTS = Path("evals")
@@ -91,7 +90,7 @@ class Lengths(Common):
 
     text: list[str] = field(default_factory=lambda: ["data/sample/test"])  # files, or folders of .txt files
     lengths: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096])  # tokens that the model sees
-    # of rotary models: as-is, none, linear, ntk, dynamic, yarn, ..., JSON or a file, for the longest of the lengths
+    # of rotary models: as-is, default (no scaling), linear, ntk, dynamic, yarn, ..., JSON or a file, for the longest of the lengths
     scaling: list[str] = field(default_factory=lambda: ["as-is"])
     alibi_scale: float | None = None  # factor on ALiBi's slopes: 0.25 makes four times the length look trained
     windows: int = 20  # places of the texts, evenly spread, each inside one file
@@ -443,19 +442,6 @@ def copied(model: GPT, windows: torch.Tensor, n: int, prefix: list[int], batch_s
     return tuple((right / (len(windows) * half)).tolist())
 
 
-def scaling_fields(scaling: str, name: str, target: int) -> dict:
-    """"yarn" -> the fields of GPTConfig that make the model `name` reach `target` tokens by it. ValueError."""
-    if scaling in ("as-is", "none"):
-        return {} if scaling == "as-is" else dict(rope_scaling=None)
-    fields = load_fields(find_folder(name))[0]
-    trained = (fields.get("rope_scaling") or {}).get("original_max_position_embeddings", fields["block_size"])
-    read = read_rope_scaling(scaling, trained, target)
-    if scaling == read.get("rope_type") and read.get("factor", 1) < 1:
-        raise ValueError(f"--scaling {scaling}: the longest of --lengths is {target}, the model was trained on {trained}: there "
-                         f"is nothing to extend; add a longer one, or write {{\"rope_type\": \"{scaling}\", \"factor\": 4}}")
-    return dict(rope_scaling=read)
-
-
 def compare_lengths(opt: Lengths) -> dict:
     """Evaluates and prints each of opt.scaling with each of opt.attention -> what the JSON holds. ValueError, SystemExit."""
     place, name, result = choose(opt)
@@ -467,7 +453,8 @@ def compare_lengths(opt: Lengths) -> dict:
     if opt.copy == 1:
         raise SystemExit("--copy 1: it must be 0, or at least 2: the second half of the copied tokens is what counts")
     alibi = {} if opt.alibi_scale is None else dict(alibi_scale=opt.alibi_scale)
-    fields = {scaling: scaling_fields(scaling, name, lengths[-1]) | alibi for scaling in opt.scaling}  # before any work
+    fields = {scaling: alibi | ({} if scaling == "as-is" else scaling_fields(scaling, name, lengths[-1]))
+              for scaling in opt.scaling}  # before any work
     windows = None
     print(f"perplexity of {opt.targets} tokens in {opt.windows} places after so many, these included" + (
         f"; percent of {opt.copy // 2} tokens\ncopied right from the window's start, and guessed right without it"

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -100,6 +101,14 @@ class GPTConfig:
             name = "sink_logit" if self.sink_logit else "sink_tokens"
             raise ValueError(f"{name} {getattr(self, name)} with attention {self.attention!r}: infini layers have a memory "
                              f"for what is far, and no sinks; leave {name} away")
+        if self.rope_scaling is not None:  # None is absent, "type" an older name, and one base is enough
+            if not isinstance(self.rope_scaling, dict):
+                raise ValueError(f"rope_scaling is {self.rope_scaling!r}: it must be a dict, which read_rope_scaling makes")
+            scaling = {key: value for key, value in self.rope_scaling.items() if value is not None}
+            older = scaling.pop("type", "default")
+            self.rope_base = scaling.pop("rope_theta", self.rope_base)
+            kind = scaling.pop("rope_type", older)
+            self.rope_scaling = {"rope_type": kind, **scaling} if scaling or kind != "default" else None
         if self.rope_scaling is not None and self.position != "rope":
             raise ValueError(f"rope_scaling {self.rope_scaling} needs position 'rope', it is {self.position!r}")
         if self.alibi_scale != 1 and self.position != "alibi":
@@ -117,6 +126,10 @@ class GPTConfig:
                 raise ValueError(f"segment {self.segment} with rope_scaling {self.rope_scaling}: inside a segment of more than "
                                  f"{self.trained_length} tokens the frequencies would change; set segment to "
                                  f"{self.trained_length} at most, or take linear, ntk, yarn or llama3")
+            n_hat = (self.rope_scaling or {}).get("n_hat", 0)
+            if "window" in self.attention and self.span("window") > self.trained_length and n_hat > self.sinks:
+                raise ValueError(f"n_hat {n_hat} with sinks {self.sinks}: window layers drop the other tokens that it is for; set "
+                                 f"sinks to {n_hat}")
         for name in ("qkv_bias", "wo_bias", "norm_bias"):
             setattr(self, name, self.bias if getattr(self, name) is None else getattr(self, name))
         if self.n_inner is None:
@@ -138,8 +151,7 @@ class GPTConfig:
 
     @property
     def rope_type(self) -> str:
-        scaling = self.rope_scaling or {}
-        return scaling.get("rope_type", scaling.get("type", "default"))
+        return (self.rope_scaling or {}).get("rope_type", "default")
 
     @property
     def by_length(self) -> bool:
@@ -151,6 +163,13 @@ class GPTConfig:
         """Of the text: what rope_scaling starts from, where it says so."""
         return (self.rope_scaling or {}).get("original_max_position_embeddings", self.block_size)
 
+    @property
+    def reach(self) -> float:
+        """The longest text that rope_scaling is for; without one, or with dynamic's, no end is said."""
+        scaling = self.rope_scaling or {}
+        known = self.rope_type not in ("default", "dynamic") and {"factor", "original_max_position_embeddings"} <= scaling.keys()
+        return round(scaling["factor"] * scaling["original_max_position_embeddings"]) if known else math.inf
+
     def span(self, kind: str) -> float:
         """The tokens that a query of such a layer can see by their distance, itself included."""
         return dict(full=math.inf, window=self.sinks + self.window, infini=self.segment,
@@ -161,20 +180,21 @@ class GPTConfig:
         return rope_frequencies(self.rotary_dim, self.rope_base, self.rope_scaling, length)
 
 
-def read_rope_scaling(value: str | dict, block_size: int, target: int | None = None) -> dict:
+def read_rope_scaling(value: str | dict, block_size: int, own: dict | None = None, target: int | None = None) -> dict:
     """
     A rope_scaling as people write it: a dict; the name of a family ("yarn"); JSON text; or the path of a JSON file, of
-    which the entry "rope_scaling" is taken if it has one. What is left out is filled in where the family needs it:
-    original_max_position_embeddings is block_size, the trained length, and factor is target / that. ValueError for what
-    cannot be read, for a family that is unknown, and for a factor that nothing says.
+    which the entry "rope_scaling" is taken if it has one. What is left out is filled in. original_max_position_embeddings
+    is the trained length: that of `own`, the model's scaling so far, or block_size. factor is target / that, and 1 for
+    dynamic, which stretches as far as a text is long. ValueError for what cannot be read, for a family that is unknown,
+    for what is left out and nothing says, and for a target that is no extension.
     """
-    given = value
+    given, own = value, own or {}
     if not isinstance(value, dict):
         if value in SCALING_KEYS:
             value = {"rope_type": value}
         else:
             try:
-                value = json.loads(open(value, encoding="utf-8").read() if os.path.isfile(value) else value)
+                value = json.loads(Path(value).read_text(encoding="utf-8") if os.path.isfile(value) else value)
             except ValueError:
                 raise ValueError(f"rope_scaling {given}: it must be one of {', '.join(SCALING_KEYS)}, a JSON object, or the path "
                                  "of a file that holds one") from None
@@ -184,16 +204,27 @@ def read_rope_scaling(value: str | dict, block_size: int, target: int | None = N
                              '{"rope_type": "yarn", "factor": 4}')
     value = {key: x for key, x in value.items() if x is not None}
     kind = value.get("rope_type", value.get("type", "default"))
-    if kind not in SCALING_KEYS:
+    if not isinstance(kind, str) or kind not in SCALING_KEYS:
         raise ValueError(f"rope_scaling {given}: rope_type {kind!r} is unknown: use one of {', '.join(SCALING_KEYS)}")
-    needed, optional = SCALING_KEYS[kind]
-    if "original_max_position_embeddings" in needed:
-        value.setdefault("original_max_position_embeddings", block_size)
-    if "factor" in (*needed, *optional) and not {"factor", "attention_factor"} & value.keys():
-        if target is None:
+    (needed, optional), length = SCALING_KEYS[kind], "original_max_position_embeddings"
+    if own.get("rope_type", "default") != "default" and length not in own:  # scaled, nobody knows from what length
+        if length in needed and length not in value:
+            raise ValueError(f"rope_scaling {given} lacks {length}, the length before any scaling, and the model's own "
+                             f"rope_scaling {own} does not say it")
+        target = None
+    elif length in (*needed, *optional):
+        value.setdefault(length, own.get(length, block_size))
+    if kind == "dynamic":
+        value.setdefault("factor", 1.0)
+    if "factor" in (*needed, *optional) and "factor" not in value and not (kind == "longrope" and "attention_factor" in value):
+        trained = value.get(length)
+        if target is None or not isinstance(trained, int):
             raise ValueError(f"rope_scaling {given} lacks its factor, the length wanted over the trained one: use "
                              f'{{"rope_type": "{kind}", "factor": 4}} for {4 * block_size} tokens')
-        value["factor"] = target / value.get("original_max_position_embeddings", block_size)
+        if target <= trained:
+            raise ValueError(f"rope_scaling {given}: {target} tokens are wanted, the model was trained on {trained}: there is "
+                             "nothing to extend; ask for more, or give its factor")
+        value["factor"] = target / trained
     return value
 
 
@@ -238,13 +269,17 @@ class Angles(NamedTuple):
     n_hat: int = 0  # tokens at positions below rotate by `near` (LongRoPE)
     near: torch.Tensor | None = None
 
-    def rotate(self, x, positions):
-        """x (B, T, heads, D) at positions (T,) or (B, T)."""
+    def rotate(self, x, positions, first=None):
+        """x (B, T, heads, D) at positions (T,) or (B, T); first: where they begin, if they count up from there."""
         if self.turns is None:
             return x
         y = rope(x, positions, self.turns)
-        return y if self.near is None else torch.where((positions < self.n_hat)[..., None, None],
-                                                       rope(x, positions, self.near), y)
+        n = x.shape[1] if first is None else max(0, min(x.shape[1], self.n_hat - first))  # beyond these none is near
+        if self.near is None or not n:
+            return y
+        near = torch.where((positions[..., :n] < self.n_hat)[..., None, None], rope(x[:, :n], positions[..., :n], self.near),
+                           y[:, :n])
+        return torch.cat([near, y[:, n:]], 1)
 
 
 class KVCache:
@@ -301,8 +336,8 @@ class WindowCache:
 
     memory = {}
 
-    def __init__(self, batch_size, n_kv_head, head_dim, device, dtype, rotated, sinks, window):
-        self.rotated, self.sinks, self.window, self.layout = rotated, sinks, window, f"window {window} + {sinks} sinks"
+    def __init__(self, batch_size, n_kv_head, head_dim, device, dtype, rotated, sinks, window, kind="window"):
+        self.rotated, self.sinks, self.window, self.layout = rotated, sinks, window, f"{kind} {window} + {sinks} sinks"
         self.held = None
         slots = sinks + window + (sinks if rotated else 0)
         self.k = torch.zeros(batch_size, slots, n_kv_head, head_dim, device=device, dtype=dtype)
@@ -538,11 +573,11 @@ class Attention(nn.Module):
         self.memory_q, self.memory_k = (
             nn.Parameter(torch.full((self.head_dim,), float(config.memory_norm))) if normed else None for _ in range(2))
 
-    def forward(self, x, angles, slopes, positions, docs, state, start, whole):
+    def forward(self, x, angles, slopes, positions, explicit, docs, state, start, whole):
         """
         x (B, T, C) at `start`, after what the state holds -> (B, T, C). angles: what the rows rotate by, a list of Angles
-        for each kind of layer; slopes: the ALiBi slopes, or None; positions, docs: see GPT.forward; whole: the window
-        holds every token of the call.
+        for each kind of layer; slopes: the ALiBi slopes, or None; positions, docs: see GPT.forward; explicit: positions
+        do not count up from `start`; whole: the window holds every token of the call.
         """
         B, T, _ = x.shape
         H, G, angles = self.n_head, self.n_kv_head, angles[self.kind]
@@ -556,12 +591,12 @@ class Attention(nn.Module):
         elif one:
             y = self.decode(qk, v, angles[0].turns, slopes, positions, state, cache, start)
         else:
-            y = self.parallel(qk, v, angles, slopes, positions, docs, cache, start, whole)
+            y = self.parallel(qk, v, angles, slopes, positions, explicit, docs, cache, start, whole)
         if self.sink_logit is not None:
             y = apply_sink_logit(*y, self.sink_logit).to(x.dtype)
         return self.wo(y.reshape(B, T, H * self.head_dim))
 
-    def parallel(self, qk, v, angles, slopes, positions, docs, cache, start, whole):
+    def parallel(self, qk, v, angles, slopes, positions, explicit, docs, cache, start, whole):
         """Any number of tokens, after those of the cache if there is one."""
         window = None if whole else self.window
         S = 0 if window is None else self.sinks
@@ -573,7 +608,7 @@ class Attention(nn.Module):
             sinks = cache.k[:, :min(S, start)], cache.v[:, :min(S, start)]
         parts = []
         for by in angles:
-            y, k = self.attend(by, qk, v, slopes, positions, docs, past, sinks, start, first, window, S,
+            y, k = self.attend(by, qk, v, slopes, positions, explicit, docs, past, sinks, start, first, window, S,
                                cache is not None and cache.rotated)
             parts.append(y if self.sink_logit is not None else [y])
         if cache is not None:
@@ -586,17 +621,21 @@ class Attention(nn.Module):
             y = [torch.where(mask, x[1], x[0]) for x, mask in zip(zip(*parts), (late[..., None, None], late[..., None, :]))]
         return y if self.sink_logit is not None else y[0]
 
-    def attend(self, by, qk, v, slopes, positions, docs, past, sinks, start, first, window, S, rotated):
+    def attend(self, by, qk, v, slopes, positions, explicit, docs, past, sinks, start, first, window, S, rotated):
         """
         The rows of `by`, and the keys that they see, rotated by its angles -> what they attend to, and the call's keys.
-        past: keys and values of the cache, from position `first` on, sinks: those of its first tokens, S at most; rotated:
+        explicit: positions do not count up from `start`. past: keys and values of the cache, from position `first` on, sinks: those of its first tokens, S at most; rotated:
         the keys of both are.
         """
-        H, rows, stop = self.n_head, by.rows, by.rows.stop
-        q, k = by.rotate(qk[:, :stop], positions[..., :stop]).split([H, self.n_kv_head], dim=2)
+        H, rows, stop, at = self.n_head, by.rows, by.rows.stop, None if explicit else start
         (past_k, past_v), (k_sink, v_sink) = past, sinks
+        if stop - rows.start == qk.shape[1]:  # in one launch
+            q, k = by.rotate(qk, positions, at).split([H, self.n_kv_head], dim=2)
+        else:
+            q = by.rotate(qk[:, rows, :H], positions[..., rows], at if at is None else at + rows.start)
+            k = by.rotate(qk[:, :stop, H:], positions[..., :stop], at)
         if past_k.shape[1] + k_sink.shape[1] and not rotated:
-            past_k, k_sink = (by.rotate(x, torch.arange(at, at + x.shape[1], device=x.device))
+            past_k, k_sink = (by.rotate(x, torch.arange(at, at + x.shape[1], device=x.device), at)
                               for x, at in ((past_k, first), (k_sink, 0)))
         keys, values = (torch.cat([old.to(new.dtype), new], 1) if old.shape[1] else new
                         for old, new in ((past_k, k), (past_v, v[:, :stop])))
@@ -605,10 +644,9 @@ class Attention(nn.Module):
             k_sink, v_sink = (torch.cat([old.to(new.dtype), new[:, :max(0, S - start)]], 1)
                               for old, new in ((k_sink, k), (v_sink, v)))
             clip = by.turns is not None and window is not None
-            q_sink = by.rotate(qk[:, :stop, :H], positions[..., :stop].clamp(max=S + window - 1)) if clip else q
-            sinks = q_sink[:, rows], k_sink, v_sink
+            sinks = by.rotate(qk[:, rows, :H], positions[..., rows].clamp(max=S + window - 1)) if clip else q, k_sink, v_sink
         q_docs, k_docs = (None, None) if docs is None else (docs[:, rows], docs[:, :stop])
-        y = attention(q[:, rows], keys, values, scale=self.scale, window=window, sinks=sinks, alibi_slopes=slopes,
+        y = attention(q, keys, values, scale=self.scale, window=window, sinks=sinks, alibi_slopes=slopes,
                       q_docs=q_docs, k_docs=k_docs, q_start=start + rows.start, k_start=first,
                       return_lse=self.sink_logit is not None, **self.xpos, **self.blocks)
         return y, k
@@ -780,7 +818,8 @@ class GPT(nn.Module):
             else:
                 at = span - 1 if start is None else start
                 end = at + T
-                edges = [at, *(p for p in range(L, min(end, span), step) if p > at), end]
+                later = L + max(0, (at - L) // step + 1) * step  # the first row after `at` where they change
+                edges = [at, *range(later, min(end, span), step), end]
                 made[kind] = [self._angles(slice(a - at, b - at), min(b, span)) for a, b in zip(edges, edges[1:])]
         return made
 
@@ -794,6 +833,8 @@ class GPT(nn.Module):
             return Angles(rows, self.long_turns, n_hat=n_hat, near=self.near_turns if n_hat else None)
         step = max(1, L // 8)
         length = L + -(-(length - L) // step) * step
+        if len(self._stretched) > 8:  # a text passes each length once
+            self._stretched.clear()
         if length not in self._stretched or self._stretched[length].device != self.turns.device:
             self._stretched[length] = rope_turns(c.frequencies(length)[0]).to(self.turns.device)
         return Angles(rows, self._stretched[length])
@@ -826,9 +867,10 @@ class GPT(nn.Module):
         explicit = positions is not None
         if positions is None:
             positions = torch.arange(start, start + idx.shape[1], device=idx.device)
-            if docs is not None and n:  # each document begins right after the learned tokens
-                if c.position == "alibi":
-                    raise ValueError(f"docs with sink_tokens {n} and position 'alibi': its distances run through all documents")
+            if docs is not None and (n or c.by_length):  # each document begins right after the learned tokens
+                if c.position in ("alibi", "xpos"):
+                    raise ValueError(f"docs with sink_tokens {n} and position {c.position!r}: its distances run through all "
+                                     "documents")
                 begins = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0)) * positions
                 positions, explicit = positions - begins.cummax(1).values, True
         if n:  # the learned tokens come first; the others move up
@@ -851,10 +893,13 @@ class GPT(nn.Module):
             raise ValueError(f"docs with sinks {self.config.sinks} and sink_tokens {self.config.sink_tokens}: the sinks would be "
                              f"the first document's tokens; set sinks to {self.config.sink_tokens}")
         if positions is not None and self.config.position != "rope":
-            raise ValueError(f"positions are for rotary models, position is {self.config.position!r}: leave them away")
-        if positions is not None and self.config.rope_type == "dynamic":
-            raise ValueError("positions with dynamic rope_scaling, which goes by the length of the text: leave them away, or "
-                             "take ntk, the same for one length")
+            raise ValueError(f"positions are for position 'rope', it is {self.config.position!r}: leave them away")
+        if (positions is not None or docs is not None) and self.config.rope_type == "dynamic":
+            raise ValueError(f"{'docs' if positions is None else 'positions'} with dynamic rope_scaling, which goes by the length of "
+                             "one text: leave them away, or take ntk, the same for one length")
+        if state is not None and state.turns is not self.turns:
+            raise ValueError("the state was made with other rotary frequencies, before set_rope_scaling or a move of the model: "
+                             f"make one by new_state({idx.shape[0]})")
 
     def _blocks(self, x, positions, docs, state, start, whole=False, explicit=False):
         """The blocks and the last norm. start may be None when one token is decoded from un-rotated rings."""
@@ -864,10 +909,11 @@ class GPT(nn.Module):
             state.at.copy_(positions)
             state.slot.copy_(torch.where(positions < c.sinks, positions, c.sinks + (positions - c.sinks) % c.window))
             state.in_segment.copy_(positions % c.segment)
-            state.in_ring.copy_(positions % c.span("blockwise"))
+            if "blockwise" in c.attention:
+                state.in_ring.copy_(positions % c.span("blockwise"))
         angles = self.angles(start, x.shape[1], explicit)
         for block in self.blocks:
-            args = x, angles, slopes, positions, docs, state, start, whole
+            args = x, angles, slopes, positions, explicit, docs, state, start, whole
             if self.activation_checkpointing and state is None and torch.is_grad_enabled():
                 x = checkpoint(block, *args, use_reentrant=False)
             else:
@@ -937,10 +983,11 @@ class GPT(nn.Module):
         dtype = self.compute_dtype or w.dtype
         rotated = c.position == "rope" and not c.by_length and "blockwise" not in c.attention and not use_triton(w)
         args = batch_size, c.n_kv_head, c.head_dim, w.device, dtype, rotated
-        about = f"position {c.position} {c.rope_base:g} {c.rope_fraction:g} {c.rope_scaling}, {c.sink_tokens} sink_tokens"
+        about = (f"position {c.position} {c.rope_base:g} {c.rope_fraction:g} {c.rope_scaling} {c.alibi_scale:g}, "
+                 f"{c.sink_tokens} sink_tokens")
         with torch.inference_mode(False):  # a state may outlive the mode it was made in
             new = dict(full=lambda attn: KVCache(*args), window=lambda attn: WindowCache(*args, c.sinks, c.window),
-                       blockwise=lambda attn: WindowCache(*args, 0, c.span("blockwise")),
+                       blockwise=lambda attn: WindowCache(*args, 0, c.span("blockwise"), "blocks in"),
                        infini=lambda attn: InfiniCache(*args, c.segment, attn, self.turns))
             return State(batch_size, [new[kind](block.attn) for kind, block in zip(c.layer_kinds, self.blocks)], self.turns,
                          about)

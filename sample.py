@@ -22,6 +22,7 @@ import codecs
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -43,7 +44,7 @@ from data.chat import Chat, converse, read_prompt
 from data.pretrained import find_folder, load_fields
 from data.tokenizer import Tokenizer, load_tokenizer
 from kernels.backend import use_triton
-from model import GPT, State, read_rope_scaling
+from model import GPT, GPTConfig, State, read_rope_scaling
 from train import TrainConfig, choose_place, fsync
 
 SHIPPED = Path(__file__).parent / "data/stories260k"
@@ -156,12 +157,21 @@ def choose_model(opt: Options) -> tuple[str, dict]:
         name, fields = SHIPPED, fields or {"attention": "window", "window": 508, "sinks": 4}
     if opt.rope_scaling is not None:
         try:
-            own = load_fields(find_folder(str(name)))[0]
-            trained = (own.get("rope_scaling") or {}).get("original_max_position_embeddings", own["block_size"])
-            fields |= {"rope_scaling": read_rope_scaling(opt.rope_scaling, trained)}
+            fields |= scaling_fields(opt.rope_scaling, str(name))
         except (ValueError, OSError) as e:
             raise SystemExit(f"--rope-scaling: {e}") from None
     return str(name), fields | ({} if opt.sinks is None else {"sinks": opt.sinks})
+
+
+def scaling_fields(scaling: str, name: str, target: int | None = None) -> dict:
+    """
+    The fields of GPTConfig by which the model `name` has another rope_scaling, as read_rope_scaling takes it, and the
+    length that comes with it. ValueError, OSError.
+    """
+    own = load_fields(find_folder(name))[0]
+    own.pop("tokenizer", None)
+    c = GPTConfig(**own | dict(rope_scaling=read_rope_scaling(scaling, own["block_size"], own.get("rope_scaling"), target)))
+    return dict(rope_scaling=c.rope_scaling, block_size=c.block_size if c.reach == math.inf else max(c.block_size, c.reach))
 
 
 def load(name: str, fields: dict) -> tuple[GPT, Tokenizer]:

@@ -118,8 +118,8 @@ def on_grid(factors, top: int) -> list[int]:
 
 def choose_space(opt: Options, c: GPTConfig) -> Space:
     """What to search for a model of this configuration. ValueError, one line, if there is nothing to."""
-    if not c.rotary:
-        raise ValueError(f"position is {c.position!r}: there are factors to search for rotary models only")
+    if c.position != "rope":
+        raise ValueError(f"position is {c.position!r}: there are factors to search for 'rope' only")
     if c.rope_type not in ("default", "longrope"):
         raise ValueError(f"rope_scaling is {c.rope_type!r}: the search begins with a model without one, or longrope's")
     own, L, R = dict(c.rope_scaling or {}), c.trained_length, c.rotary_dim // 2
@@ -332,7 +332,7 @@ def search(opt: Options, place: Place) -> Path:
     space = choose_space(opt, model.config)
     windows = read_windows(opt.text, tokenizer, opt.windows, space.length + 1)
     identity = {key: value for key, value in asdict(opt).items() if key not in FREE_ON_RESUME} | dict(
-        target=space.length, model_weights=bytes(fingerprint(model).tolist()).hex(),
+        target=space.length, dtype=str(place.dtype)[6:], model_weights=bytes(fingerprint(model).tolist()).hex(),
         text_tokens=hashlib.sha256(windows.numpy().tobytes()).hexdigest())
     identity.pop("text")  # by its tokens
     parts = [*Path(name).resolve().parts[-2:], *["short"] * opt.short, str(space.length)]

@@ -256,9 +256,13 @@ def choose_model(config: TrainConfig) -> tuple[TrainConfig, GPTConfig, Tokenizer
     multiple = config.vocab_multiple or (64 if config.init_from is None else None)
     if multiple is not None:
         given["vocab_size"] = math.ceil(tokenizer.vocab_size / multiple) * multiple
+    own = (base.get("rope_scaling") or {}) if config.init_from is not None else {}
+    if config.pose_target is not None and config.block_size is None:  # what PoSE taught is no length to train on
+        given["block_size"] = min(base["block_size"], own.get("original_max_position_embeddings", base["block_size"]))
     sizes = dict(sinks=GPTConfig.sinks) | base | given
     if config.rope_scaling is not None:
-        given["rope_scaling"] = scaling_of(config, base, sizes["block_size"])
+        given["rope_scaling"] = read_rope_scaling(config.rope_scaling, (base if config.init_from else sizes)["block_size"],
+                                                  own, config.pose_target or sizes["block_size"])
     if "window" not in base.get("attention", "full"):
         given.setdefault("window", max(1, sizes["block_size"] - sizes["sinks"]))
     if "infini" not in base.get("attention", "full"):
@@ -278,16 +282,6 @@ def choose_model(config: TrainConfig) -> tuple[TrainConfig, GPTConfig, Tokenizer
     resolved = {f.name: getattr(c, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
     c = replace(c, block_size=config.pose_target or c.block_size)  # the model's: the length that it has learnt
     return replace(config, tokenizer=name, vocab_multiple=multiple, **resolved), c, tokenizer, folder
-
-
-def scaling_of(config: TrainConfig, base: dict, block_size: int) -> dict:
-    """config.rope_scaling in full. The trained length is that of the model before it had the rope_scaling of its own."""
-    old = (base.get("rope_scaling") or {}) if config.init_from is not None else {}
-    trained = old.get("original_max_position_embeddings", base["block_size"] if config.init_from is not None else block_size)
-    target = config.pose_target or (block_size if block_size > trained else None)
-    if old and "original_max_position_embeddings" not in old:  # scaled, nobody knows from what length: no factor by guess
-        target = None
-    return read_rope_scaling(config.rope_scaling, trained, target)
 
 
 def check_used(config: TrainConfig, c: GPTConfig):
@@ -324,6 +318,8 @@ def check_used(config: TrainConfig, c: GPTConfig):
                             "that long; use --attention full, or leave pose_target away"),
                            ((config.pose_chunks or 2) > c.block_size, f"pose_chunks {config.pose_chunks or 2} and block_size "
                             f"{c.block_size}: a chunk has a token at least; use --pose-chunks {c.block_size} at most"),
+                           (config.pose_target > c.reach, f"rope_scaling {c.rope_scaling}, which reaches {c.reach} tokens; give "
+                            "--rope-scaling with another factor, or none and it is chosen"),
                            (c.rope_type == "dynamic", "rope_scaling dynamic: it goes by the length of a "
                             "text, which PoSE's sequences do not have; use --rope-scaling ntk, the same for one length"),
                            (config.mask_documents, "mask_documents: each sequence is inside one document already"),

@@ -22,12 +22,12 @@ from kernels.backend import register, tl, triton, use_triton
 # What each rope_type needs, and what it may have besides, by Hugging Face's names.
 SCALING_KEYS = {
     "default": ((), ()),
-    "linear": (("factor",), ()),
-    "ntk": (("factor",), ()),
+    "linear": (("factor",), ("original_max_position_embeddings",)),
+    "ntk": (("factor",), ("original_max_position_embeddings",)),
     "dynamic": (("factor", "original_max_position_embeddings"), ()),
-    "ntk_by_parts": (("factor", "original_max_position_embeddings"), ("beta_fast", "beta_slow", "truncate")),
+    "ntk_by_parts": (("factor", "original_max_position_embeddings"), ("beta_fast", "beta_slow", "truncate", "ramp")),
     "yarn": (("factor", "original_max_position_embeddings"),
-             ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")),
+             ("beta_fast", "beta_slow", "truncate", "ramp", "attention_factor", "mscale", "mscale_all_dim")),
     "longrope": (("short_factor", "long_factor", "original_max_position_embeddings"),
                  ("factor", "attention_factor", "n_hat")),
     "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
@@ -46,7 +46,8 @@ def rope_frequencies(dim, base=10000.0, scaling=None, seq_len=None):
     ntk           the base is base * s^(dim / (dim - 2))
     dynamic       the same with s * seq_len / L - (s - 1) for s where seq_len > L; unchanged up to L or without seq_len
     ntk_by_parts  theta for dims that turn more than beta_fast (32) times in L, theta / s for those below beta_slow (1),
-                  blended in between, the ends on whole dims unless truncate is False
+                  blended in between, evenly from dim to dim, the ends on whole dims unless truncate is False; or, with
+                  ramp "turns" and not "dims", evenly by the turns, as YaRN's paper writes it
     yarn          ntk_by_parts, with the factor attention_factor, else m(mscale) / m(mscale_all_dim) where both are
                   given, else m(1), for m(x) = 0.1 x ln s + 1 (arXiv 2309.00071, as released)
     longrope      theta / long_factor where seq_len > L, else theta / short_factor; the factor is attention_factor,
@@ -70,13 +71,16 @@ def rope_frequencies(dim, base=10000.0, scaling=None, seq_len=None):
         stretch = s if kind == "ntk" else s * max(seq_len or L, L) / L - (s - 1)
         theta = (base * stretch ** (dim / (dim - 2))) ** exponents
     elif kind in ("ntk_by_parts", "yarn"):
+        fast, slow = scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)
         # the dim that turns n times in L positions
-        low, high = (dim * math.log(L / (2 * math.pi * n)) / (2 * math.log(base))
-                     for n in (scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)))
+        low, high = (dim * math.log(L / (2 * math.pi * n)) / (2 * math.log(base)) for n in (fast, slow))
         if scaling.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
-        ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / (high - low or 1e-3)).clamp(0, 1)
+        ramp = (torch.arange(dim // 2, dtype=torch.float64) - low) / (high - low or 1e-3)
+        if scaling.get("ramp") == "turns":
+            ramp = (fast - L * theta / (2 * math.pi)) / (fast - slow)
+        ramp = ramp.clamp(0, 1)
         theta = ramp * theta / s + (1 - ramp) * theta
         if kind == "yarn":
             m, m_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
@@ -123,6 +127,8 @@ def _check_scaling(dim, base, kind, scaling):
             raise ValueError(f"rope_frequencies: {key} is {scaling[key]!r}, it must be a positive number")
     if not isinstance(scaling.get("truncate", True), bool):
         raise ValueError(f"rope_frequencies: truncate is {scaling['truncate']!r}, it must be true or false")
+    if scaling.get("ramp", "dims") not in ("dims", "turns"):
+        raise ValueError(f"rope_frequencies: ramp is {scaling['ramp']!r}, it must be 'dims' or 'turns'")
     n_hat = scaling.get("n_hat", 0)
     if not isinstance(n_hat, int) or isinstance(n_hat, bool) or n_hat < 0:
         raise ValueError(f"rope_frequencies: n_hat is {n_hat!r}, it must be a whole number of at least 0")

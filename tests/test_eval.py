@@ -213,7 +213,7 @@ def test_lengths_command(tmp_path, monkeypatch, capsys):
     """The same targets at every length and scaling, by the logits of one pass over so many tokens."""
     monkeypatch.setattr(evaluation, "RESULTS", tmp_path)
     (tmp_path / "yarn8.json").write_text(json.dumps({"rope_scaling": {"rope_type": "yarn", "factor": 8}}))
-    main(["lengths", "--model", STORIES, "--text", BOOK, "--lengths", "256", "64", "1024", "--scaling", "as-is", "none",
+    main(["lengths", "--model", STORIES, "--text", BOOK, "--lengths", "256", "64", "1024", "--scaling", "as-is", "default",
           "linear", str(tmp_path / "yarn8.json"), "--targets", "32", "--windows", "3", "--batch-size", "2", "--copy", "20",
           "--name", "l"])
     result = json.loads((tmp_path / "l.json").read_text())
@@ -221,10 +221,10 @@ def test_lengths_command(tmp_path, monkeypatch, capsys):
     ids = tokenizer.encode(open(BOOK, encoding="utf-8").read())
     n = len(ids) - 1024  # places
     windows = torch.stack([torch.tensor(ids[at:at + 1025]) for at in (n // 6, n // 2, 5 * n // 6)])
-    linear = {"rope_type": "linear", "factor": 2}  # 1024 over the trained 512
+    linear = {"rope_type": "linear", "factor": 2, "original_max_position_embeddings": 512}  # 1024 over the trained 512
     yarn = {"rope_type": "yarn", "factor": 8, "original_max_position_embeddings": 512}
     assert [v["rope_scaling"] for v in result["variants"]] == [None, None, linear, yarn]
-    assert [v["label"] for v in result["variants"]] == ["as-is", "none", "linear", "yarn8"]
+    assert [v["label"] for v in result["variants"]] == ["as-is", "default", "linear", "yarn8"]
     for variant in result["variants"]:
         model = GPT.from_pretrained(STORIES, rope_scaling=variant["rope_scaling"])
         assert [c["length"] for c in variant["cells"]] == [64, 256, 1024]
@@ -294,9 +294,9 @@ def test_copying_of_a_real_model(smollm2):
 
 @pytest.mark.parametrize("argv, message", [
     (["--lengths", "64", "10000000"], "0 place.s. for 2 windows of 10000001 tokens inside one text, the longest has"),
-    (["--scaling", "none", "yarn"], "--scaling yarn: the longest of --lengths is 64, the model was trained on 512"),
+    (["--scaling", "default", "yarn"], "rope_scaling yarn: 64 tokens are wanted, the model was trained on 512"),
     (["--scaling", "yran"], "rope_scaling yran: it must be one of default, linear"),
-    (["--scaling", '{"rope_type": "yarn", "fakter": 2}'], "does not know fakter"),
+    (["--scaling", '{"rope_type": "yarn", "factor": 4, "fakter": 2}'], "does not know fakter"),
     (["--lengths", "64", "128", "--targets", "65"], "--lengths 64 with --targets 65: the shortest must be at least 65"),
     (["--copy", "33"], "--lengths 64 with --copy 33: the shortest must be at least 66, or --copy at most 32"),
     (["--copy", "1"], "--copy 1: it must be 0"), (["--windows", "0"], "windows is 0: it must be at least 1"),

@@ -72,6 +72,17 @@ def test_precedence_and_defaults():
     assert same(rope_frequencies(64, scaling={}), rope_frequencies(64))
 
 
+def test_ramp_by_turns():
+    """YaRN as its paper writes it: blended evenly by the turns r in L, between 1 and 32 of them."""
+    (plain, _), (theta, factor) = rope_frequencies(64), rope_frequencies(64, scaling={**YARN, "ramp": "turns"})
+    g = ((2048 * plain / (2 * math.pi) - 1) / 31).clamp(0, 1)
+    torch.testing.assert_close(theta, (1 - g) * plain / 4 + g * plain, rtol=1e-12, atol=0)
+    assert factor == rope_frequencies(64, scaling=YARN)[1] and not same((theta, factor), rope_frequencies(64, scaling=YARN))
+    assert same(rope_frequencies(64, scaling={**YARN, "ramp": "dims"}), rope_frequencies(64, scaling=YARN))
+    with pytest.raises(ValueError, match="ramp is 'linear', it must be 'dims' or 'turns'"):
+        rope_frequencies(64, scaling={**YARN, "ramp": "linear"})
+
+
 def test_what_depends_on_the_length():
     dynamic = dict(rope_type="dynamic", factor=2.0, original_max_position_embeddings=1024)
     for length in (None, 1, 1024):

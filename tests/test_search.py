@@ -195,7 +195,7 @@ def test_short_factors(place):
     ({}, ["--target", "32"], "--target 32: it must be more than 32 tokens, which the model reaches"),
     (dict(rope_scaling=LONGROPE), ["--target", "128"], "--target 128: it must be more than 128 tokens"),
     ({}, ["--target", "5000"], "0 place.s. for 2 windows of 5001 tokens inside one text, the longest has 3000"),
-    (dict(position="alibi"), [], "position is 'alibi': there are factors to search for rotary models only"),
+    (dict(position="xpos"), [], "position is 'xpos'"), (dict(position="alibi"), [], "position is 'alibi': there are factors to search for 'rope' only"),
     (dict(rope_scaling=dict(rope_type="linear", factor=2)), [], "rope_scaling is 'linear': the search begins with"),
     (dict(attention="window", window=28, sinks=4), [], "attention 'window' sees 32 tokens at most"),
     ({}, ["--short"], "--short with rope_scaling None: only a longrope scaling has short factors"),

@@ -30,7 +30,9 @@ VARIANTS = {
     "longrope": dict(attention="full,window", window=41, sink_logit=True, rope_scaling=dict(
         rope_type="longrope", factor=4.0, original_max_position_embeddings=24, short_factor=[1.0] * 4,
         long_factor=[1.0, 2.0, 3.0, 4.0], n_hat=2)),
+    "dynamic window": dict(rope_scaling=dict(rope_type="dynamic", factor=2.0, original_max_position_embeddings=6)),
     "xpos": dict(position="xpos"),
+    "blockwise": dict(attention="blockwise", block_size=14),
     "blockwise xpos": dict(attention="blockwise,full", position="xpos", block_size=22),
     "infini xpos": dict(attention="infini", segment=9, position="xpos"),
     "infini": dict(attention="infini", segment=9),
@@ -164,7 +166,7 @@ def test_stream_on_the_kernels(variant, triton_kernels, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["rope", "alibi", "sink tokens", "infini"])
+@pytest.mark.parametrize("variant", ["rope", "alibi", "sink tokens", "infini", "xpos", "blockwise", "dynamic window"])
 def test_the_step_that_a_cuda_graph_captures(variant, triton_kernels):
     """It depends on the position on the device alone, may run in advance, and is what a call with the state gives."""
     model, idx = tiny(variant, n_layer=2), torch.randint(0, 61, (2, 20))
@@ -242,13 +244,13 @@ def test_custom_positions():
     whole = model(idx, positions=torch.arange(40) * 7)[0]
     for n in (9, 10, 11, 12, 25):
         torch.testing.assert_close(model(idx[:, :n], positions=torch.arange(n) * 7)[0], whole[:, :n], rtol=1e-9, atol=1e-9)
-    with pytest.raises(ValueError, match="positions are for rotary models, position is 'alibi'"):
+    with pytest.raises(ValueError, match="positions are for position 'rope', it is 'alibi'"):
         tiny("alibi")(idx, positions=torch.arange(40))
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("variant, docs", [("hybrid", None), ("sink tokens", torch.int32), ("sink tokens", torch.int64),
-                                           ("infini", None), ("infini linear", torch.int32)])
+                                           ("infini", None), ("infini linear", torch.int32), ("longrope", None), ("xpos", None)])
 def test_compiles_whole(variant, docs, backend, monkeypatch):
     monkeypatch.setenv("NANOLONG_KERNELS", backend)
     torch.compiler.reset()
@@ -264,7 +266,7 @@ def test_compiles_whole(variant, docs, backend, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["rope", "hybrid", "infini", "infini linear"])
+@pytest.mark.parametrize("variant", ["rope", "hybrid", "infini", "infini linear", "dynamic", "longrope", "xpos", "blockwise xpos"])
 def test_future_leak(variant):
     """Tokens from t on are replaced: logits before t do not change by a bit."""
     model, idx = tiny(variant, torch.float32), torch.randint(0, 61, (2, 50))

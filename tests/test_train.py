@@ -432,7 +432,7 @@ def test_pose_samples_make_a_difference(pose, tmp_path):
     """Each option changes what is trained on, from the first step on."""
     for i, options in enumerate(([], ["--pose-target=128"], ["--pose-chunks=5"], ["--no-pose-content-skip"],
                                  ["--pose-chunks=1"], ["--pose-chunks=32", "--no-pose-content-skip"])):
-        scaling = '--rope-scaling={"rope_type": "linear", "factor": 2}'
+        scaling = '--rope-scaling={"rope_type": "linear", "factor": 8}'
         train.main([*pose, scaling, f"--name={i}", "--max-steps=1", *options])
     assert len({records(tmp_path / str(j), "loss")[1] for j in range(i + 1)}) == i + 1
 
@@ -450,8 +450,12 @@ def test_rope_scaling_of_what_init_from_was_trained_at(bare, pose, tmp_path, who
     short = str(tmp_path / "short")
     assert chosen(init_from=short).rope_scaling == yarn and chosen(init_from=short).block_size == 256
     assert chosen(init_from=short, rope_scaling="yarn", pose_target=512).rope_scaling == yarn | {"factor": 16.0}
+    config = train.TrainConfig(init_from=short, rope_scaling="yarn", pose_target=512)
+    assert train.choose_model(config)[0].block_size == 32  # not what PoSE taught: that is no length to train on
+    with pytest.raises(ValueError, match="pose_target 512 with rope_scaling .* which reaches 256 tokens"):
+        chosen(init_from=short, pose_target=512)
     assert chosen(init_from=str(whole), rope_scaling="linear", block_size=64).rope_scaling["factor"] == 2  # no PoSE
-    assert chosen(block_size=64, rope_scaling="ntk", pose_target=128).rope_scaling == dict(rope_type="ntk", factor=2.0)
+    assert chosen(block_size=64, rope_scaling="ntk", pose_target=128).rope_scaling == dict(rope_type="ntk", factor=2.0, original_max_position_embeddings=64)
     (tmp_path / "found.json").write_text(json.dumps(dict(note="x", rope_scaling=yarn)))
     assert chosen(rope_scaling=str(tmp_path / "found.json")).rope_scaling == yarn
     (tmp_path / "mine.py").write_text(f"from train import TrainConfig\nconfig = TrainConfig(rope_scaling={yarn})\n")
@@ -487,7 +491,7 @@ def test_mistakes_about_pose(tiny, tmp_path, options, words):
 @pytest.mark.parametrize("options, words", [
     (["--pose-chunks=3"], "pose_chunks is 3, but training without pose_target has no use for it"),
     (["--no-pose-content-skip"], "pose_content_skip is False, but training without pose_target"),
-    (["--rope-scaling=yarn"], "rope_scaling yarn lacks its factor"),
+    (["--rope-scaling=yarn"], "rope_scaling yarn: 32 tokens are wanted, the model was trained on 32: there is nothing to extend"),
     (["--rope-scaling=linear", "--pose-target=64", "--position=alibi"], "needs position 'rope', it is 'alibi'"),
     (["--alibi-scale=0.5"], "alibi_scale 0.5 needs position 'alibi', it is 'rope'")])
 def test_scaling_and_pose_options_without_a_use(tiny, options, words):
@@ -779,7 +783,8 @@ def test_recipes_load_and_make_a_model(path, llama):
     if config.init_from is not None:  # the hub's model may be out of reach: a small one of its family
         config = replace(config, init_from=str(llama))
     if (config.rope_scaling or "").endswith(".json"):  # the result of a search
-        factors = dict(short_factor=[1.0] * 4, long_factor=[1.0, 2.0, 3.0, 4.0], factor=16.0)
+        factors = dict(short_factor=[1.0] * 4, long_factor=[1.0, 2.0, 3.0, 4.0], factor=16.0,
+                       original_max_position_embeddings=config.block_size)
         config = replace(config, rope_scaling=json.dumps(dict(rope_type="longrope", **factors)))
     config, wanted = train.choose_model(config)[:2]
     assert wanted.block_size == (config.pose_target or config.block_size)
