@@ -90,7 +90,7 @@ class Lengths(Common):
 
     text: list[str] = field(default_factory=lambda: ["data/sample/test"])  # files, or folders of .txt files
     lengths: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096])  # tokens that the model sees
-    # of rotary models: as-is, default (no scaling), linear, ntk, dynamic, yarn, ..., JSON or a file, for the longest of the lengths
+    # of rotary models, for the longest length: as-is, default (no scaling), linear, ntk, dynamic, yarn, ..., JSON or a file
     scaling: list[str] = field(default_factory=lambda: ["as-is"])
     alibi_scale: float | None = None  # factor on ALiBi's slopes: 0.25 makes four times the length look trained
     windows: int = 20  # places of the texts, evenly spread, each inside one file

@@ -128,8 +128,8 @@ class GPTConfig:
                                  f"{self.trained_length} at most, or take linear, ntk, yarn or llama3")
             n_hat = (self.rope_scaling or {}).get("n_hat", 0)
             if "window" in self.attention and self.span("window") > self.trained_length and n_hat > self.sinks:
-                raise ValueError(f"n_hat {n_hat} with sinks {self.sinks}: window layers drop the other tokens that it is for; set "
-                                 f"sinks to {n_hat}")
+                raise ValueError(f"n_hat {n_hat} with sinks {self.sinks}: window layers drop the other tokens that it is for; "
+                                 f"set sinks to {n_hat}")
         for name in ("qkv_bias", "wo_bias", "norm_bias"):
             setattr(self, name, self.bias if getattr(self, name) is None else getattr(self, name))
         if self.n_inner is None:
@@ -624,8 +624,8 @@ class Attention(nn.Module):
     def attend(self, by, qk, v, slopes, positions, explicit, docs, past, sinks, start, first, window, S, rotated):
         """
         The rows of `by`, and the keys that they see, rotated by its angles -> what they attend to, and the call's keys.
-        explicit: positions do not count up from `start`. past: keys and values of the cache, from position `first` on, sinks: those of its first tokens, S at most; rotated:
-        the keys of both are.
+        explicit: positions do not count up from `start`. past: keys and values of the cache, from position `first` on,
+        sinks: those of its first tokens, S at most; rotated: the keys of both are.
         """
         H, rows, stop, at = self.n_head, by.rows, by.rows.stop, None if explicit else start
         (past_k, past_v), (k_sink, v_sink) = past, sinks
@@ -895,8 +895,9 @@ class GPT(nn.Module):
         if positions is not None and self.config.position != "rope":
             raise ValueError(f"positions are for position 'rope', it is {self.config.position!r}: leave them away")
         if (positions is not None or docs is not None) and self.config.rope_type == "dynamic":
-            raise ValueError(f"{'docs' if positions is None else 'positions'} with dynamic rope_scaling, which goes by the length of "
-                             "one text: leave them away, or take ntk, the same for one length")
+            what = "docs" if positions is None else "positions"
+            raise ValueError(f"{what} with dynamic rope_scaling, which goes by the length of one text: leave them away, or take "
+                             "ntk, the same for one length")
         if state is not None and state.turns is not self.turns:
             raise ValueError("the state was made with other rotary frequencies, before set_rope_scaling or a move of the model: "
                              f"make one by new_state({idx.shape[0]})")

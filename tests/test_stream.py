@@ -266,7 +266,8 @@ def test_compiles_whole(variant, docs, backend, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["rope", "hybrid", "infini", "infini linear", "dynamic", "longrope", "xpos", "blockwise xpos"])
+@pytest.mark.parametrize("variant", ["rope", "hybrid", "infini", "infini linear", "dynamic", "longrope", "xpos",
+                                     "blockwise xpos"])
 def test_future_leak(variant):
     """Tokens from t on are replaced: logits before t do not change by a bit."""
     model, idx = tiny(variant, torch.float32), torch.randint(0, 61, (2, 50))

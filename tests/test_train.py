@@ -455,7 +455,8 @@ def test_rope_scaling_of_what_init_from_was_trained_at(bare, pose, tmp_path, who
     with pytest.raises(ValueError, match="pose_target 512 with rope_scaling .* which reaches 256 tokens"):
         chosen(init_from=short, pose_target=512)
     assert chosen(init_from=str(whole), rope_scaling="linear", block_size=64).rope_scaling["factor"] == 2  # no PoSE
-    assert chosen(block_size=64, rope_scaling="ntk", pose_target=128).rope_scaling == dict(rope_type="ntk", factor=2.0, original_max_position_embeddings=64)
+    assert chosen(block_size=64, rope_scaling="ntk", pose_target=128).rope_scaling == dict(
+        rope_type="ntk", factor=2.0, original_max_position_embeddings=64)
     (tmp_path / "found.json").write_text(json.dumps(dict(note="x", rope_scaling=yarn)))
     assert chosen(rope_scaling=str(tmp_path / "found.json")).rope_scaling == yarn
     (tmp_path / "mine.py").write_text(f"from train import TrainConfig\nconfig = TrainConfig(rope_scaling={yarn})\n")
