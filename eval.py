@@ -135,7 +135,8 @@ def each_model(opt: Common, place: Place, name: str, **fields) -> Iterator[tuple
     more of its GPTConfig. SystemExit.
     """
     for attention in opt.attention:
-        model, tokenizer = load(name, overrides(attention) | fields)
+        kept = {key: x for key, x in fields.items() if (attention, key) != ("blockwise", "block_size")}  # its blocks are halves
+        model, tokenizer = load(name, overrides(attention) | kept)
         yield attention, model.to(place.device, place.dtype), tokenizer
 
 

@@ -165,9 +165,10 @@ class GPTConfig:
 
     @property
     def reach(self) -> float:
-        """The longest text that rope_scaling is for; without one, or with dynamic's, no end is said."""
+        """The longest text that rope_scaling is for; without one, or with dynamic's or Llama 3's, no end is said."""
         scaling = self.rope_scaling or {}
-        known = self.rope_type not in ("default", "dynamic") and {"factor", "original_max_position_embeddings"} <= scaling.keys()
+        known = self.rope_type in ("linear", "ntk", "ntk_by_parts", "yarn", "longrope") and \
+            {"factor", "original_max_position_embeddings"} <= scaling.keys()
         return round(scaling["factor"] * scaling["original_max_position_embeddings"]) if known else math.inf
 
     def span(self, kind: str) -> float:
@@ -218,7 +219,7 @@ def read_rope_scaling(value: str | dict, block_size: int, own: dict | None = Non
         value.setdefault("factor", 1.0)
     if "factor" in (*needed, *optional) and "factor" not in value and not (kind == "longrope" and "attention_factor" in value):
         trained = value.get(length)
-        if target is None or not isinstance(trained, int):
+        if target is None or not isinstance(trained, (int, float)):
             raise ValueError(f"rope_scaling {given} lacks its factor, the length wanted over the trained one: use "
                              f'{{"rope_type": "{kind}", "factor": 4}} for {4 * block_size} tokens')
         if target <= trained:
@@ -642,7 +643,7 @@ class Attention(nn.Module):
         sinks = None
         if S:
             k_sink, v_sink = (torch.cat([old.to(new.dtype), new[:, :max(0, S - start)]], 1)
-                              for old, new in ((k_sink, k), (v_sink, v)))
+                              for old, new in ((k_sink, k), (v_sink, v[:, :stop])))
             clip = by.turns is not None and window is not None
             sinks = by.rotate(qk[:, rows, :H], positions[..., rows].clamp(max=S + window - 1)) if clip else q, k_sink, v_sink
         q_docs, k_docs = (None, None) if docs is None else (docs[:, rows], docs[:, :stop])
@@ -1073,6 +1074,7 @@ class GPT(nn.Module):
             state.advance(1)
             return x
 
+        step.reads = dict(self._stretched)  # by address: they live as long as the graph
         return step
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -158,6 +158,8 @@ def choose_model(opt: Options) -> tuple[str, dict]:
     if opt.rope_scaling is not None:
         try:
             fields |= scaling_fields(opt.rope_scaling, str(name))
+            if opt.blockwise:  # its blocks are halves of the trained length
+                del fields["block_size"]
         except (ValueError, OSError) as e:
             raise SystemExit(f"--rope-scaling: {e}") from None
     return str(name), fields | ({} if opt.sinks is None else {"sinks": opt.sinks})

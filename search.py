@@ -6,7 +6,7 @@ divided so that a model reads texts longer than it was trained on, found by what
     python eval.py lengths --model data/smollm2/model --scaling yarn search/x.json --lengths 8192 16384 32768
     python train.py --init-from data/smollm2/model --rope-scaling search/x.json --pose-target 32768
     python search.py mine --target 131072                             extend the fine-tuned model further, as it is
-    python search.py mine --short                                     win back what short texts lost
+    python search.py mine --short --rope-scaling search/x.json        win back what short texts lost
     torchrun --nproc-per-node 8 search.py ...                         each rank measures its share; the same result
 
 What is searched: theta_i / lambda_i for the R frequencies, lambda_i in [1, 1.25 s] on a grid of 0.01 and none below
@@ -48,7 +48,7 @@ from tqdm import tqdm
 from eval import last_nll, read_windows
 from kernels import rope_frequencies
 from model import GPT, GPTConfig
-from sample import SHIPPED, find_model, fingerprint, load
+from sample import SHIPPED, find_model, fingerprint, load, scaling_fields
 from train import Place, TrainConfig, choose_place, duration, from_rank0, total
 
 RESULTS = Path("search")
@@ -65,6 +65,7 @@ class Options:
         metavar="[RUN]", constructor=str, help_behavior_hint="(default: the run saved last)")] = None
     model: str | None = None  # a pretrained model instead of a run: its folder or hub id
     target: int | None = None  # tokens to reach (default: 8 times what the model reaches; --short: the trained length)
+    rope_scaling: str | None = None  # to begin with instead of the model's own: a file that a search wrote, or JSON
     short: bool = False  # search the short factors of a model with a longrope scaling instead
     name: str | None = None  # of the result's files in search/ (default: the model and the target)
     text: list[str] = field(default_factory=lambda: ["data/sample/validation"])  # files, or folders of .txt files
@@ -328,7 +329,7 @@ def search(opt: Options, place: Place) -> Path:
     if opt.run is not None and opt.model is not None:
         raise SystemExit(f"run {opt.run} and --model {opt.model}: give one of them")
     name = str(find_model(opt.run, opt.model) or SHIPPED)
-    model, tokenizer = load(name, {})
+    model, tokenizer = load(name, {} if opt.rope_scaling is None else scaling_fields(opt.rope_scaling, name))
     space = choose_space(opt, model.config)
     windows = read_windows(opt.text, tokenizer, opt.windows, space.length + 1)
     identity = {key: value for key, value in asdict(opt).items() if key not in FREE_ON_RESUME} | dict(

@@ -318,8 +318,8 @@ def check_used(config: TrainConfig, c: GPTConfig):
                             "that long; use --attention full, or leave pose_target away"),
                            ((config.pose_chunks or 2) > c.block_size, f"pose_chunks {config.pose_chunks or 2} and block_size "
                             f"{c.block_size}: a chunk has a token at least; use --pose-chunks {c.block_size} at most"),
-                           (config.pose_target > c.reach, f"rope_scaling {c.rope_scaling}, which reaches {c.reach} tokens; give "
-                            "--rope-scaling with another factor, or none and it is chosen"),
+                           (config.pose_target > c.reach, f"rope_scaling {c.rope_scaling}, which reaches {c.reach} tokens; name "
+                            "a family and its factor is chosen: --rope-scaling yarn"),
                            (c.rope_type == "dynamic", "rope_scaling dynamic: it goes by the length of a "
                             "text, which PoSE's sequences do not have; use --rope-scaling ntk, the same for one length"),
                            (config.mask_documents, "mask_documents: each sequence is inside one document already"),
@@ -836,7 +836,8 @@ def setup(args: list[str], memory: MemoryHandler) -> tuple:
         start = saved["step"]
         if start >= config.max_steps:
             raise ValueError(f"{checkpoint} is at step {start}, --max-steps is {config.max_steps}: nothing is left")
-        free = FREE_ON_RESUME | {"tokenizer"} | {f.name for f in fields(GPTConfig)}  # or compared already
+        compared = {"tokenizer"} | {f.name for f in fields(GPTConfig)} - {"block_size"}  # PoSE's model has its target there
+        free = FREE_ON_RESUME | compared
         changed = [f"{key} {saved['config'].get(key)} -> {value}" for key, value in asdict(config).items()
                    if key not in free and saved["config"].get(key) != value]
         if config.carry_memory and len(tensors.get("memory.0.M", ())) != batch_tokens // config.block_size:

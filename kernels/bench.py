@@ -220,8 +220,8 @@ def xpos_cases():
         zeta = (torch.arange(D // 2, device=q.device, dtype=exact) * 2 / D + 0.4) / 1.4
         n = (torch.arange(T, device=q.device, dtype=exact) - T // 2) / 512
         factors = zeta.repeat(2) ** n[:, None, None]
-        return sdpa(SDPBackend.MATH if q.dtype == torch.float64 else SDPBackend.EFFICIENT_ATTENTION)(
-            *(x.to(q.dtype) for x in (q * factors, k / factors)), v)
+        backends = [SDPBackend.MATH] if q.dtype == torch.float64 else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        return sdpa(*backends)(*(x.to(q.dtype) for x in (q * factors, k / factors)), v)
 
     yield Case("attention", make, lambda q, k, v: attention(q, k, v, xpos=q.shape[3]), plain, plain,
                {"scaled, sdpa": plain},

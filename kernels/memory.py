@@ -493,7 +493,7 @@ def _memory_bwd(dout, dM, dz, q, k, v, local, beta, Ms, zs, docs, segment, delta
     w, c = (torch.empty(B, H, Tq, **like) for _ in range(2))
     options = _options("rows", q)
     first, per_segment, segments = _grid(Tq, Tk, segment, options["BLOCK_M"])
-    dbeta = torch.empty(B, H, per_segment * segments, **like)
+    dbeta = torch.zeros(B, H, per_segment * segments, **like)  # without queries no program writes it
     if q.numel():
         _read_bwd_kernel[(dbeta.numel(),)](
             dout, q, local, beta, Ms, zs, reads, dq, dlocal, dbeta, w, c, Tq, Tk, segment, first, per_segment, segments,

@@ -24,6 +24,8 @@ VARIANTS = {
     "longrope": dict(rope_scaling=LONGROPE),
     "longrope n_hat": dict(rope_scaling={**LONGROPE, "n_hat": 3}),
     "longrope window": dict(rope_scaling={**LONGROPE, "n_hat": 3}, attention="window", window=15, sinks=5, block_size=32),
+    "longrope with many sinks": dict(rope_scaling={**LONGROPE, "n_hat": 18}, attention="window", window=6, sinks=19,
+                                     block_size=32),
     "xpos": dict(position="xpos"),
     "partial xpos": dict(position="xpos", rope_fraction=0.5),
     "blockwise": dict(attention="blockwise", block_size=10),
