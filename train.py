@@ -287,11 +287,11 @@ def choose_model(config: TrainConfig) -> tuple[TrainConfig, GPTConfig, Tokenizer
 def check_used(config: TrainConfig, c: GPTConfig):
     """ValueError, one line, for an option that this model or this data has no use for, or that excludes another."""
     window, infini, passkey = "window" in c.attention, "infini" in c.attention, is_passkey(config)
-    model, rotary = f"attention {c.attention} with position {c.position}", c.position in ("rope", "xpos")
+    model = f"attention {c.attention} with position {c.position}"
     for option, used, what in (("window", window, model), ("sinks", window, model), ("segment", infini, model),
                                ("memory_rule", infini, model), ("memory_beta", infini, model), ("memory_norm", infini, model),
                                ("gate_lr", infini, model),
-                               ("rope_base", rotary, model), ("rope_fraction", rotary, model),
+                               ("rope_base", c.rotary, model), ("rope_fraction", c.rotary, model),
                                ("answer_only", passkey, f"data {config.data}"),
                                ("pose_chunks", config.pose_target is not None, "training without pose_target"),
                                ("pose_content_skip", config.pose_target is not None, "training without pose_target")):

@@ -118,7 +118,11 @@ class TestEveryKernel:
         if arch in (90, 100):  # no product falls back to the old instruction; the sinks' and D 256's small tiles may
             assert_all(half, lambda row: row["mma"] == 0 or " D256 " in row["label"] or row["constexprs"].get("SPLIT"))
         if arch != "gfx":
-            assert_all(half, lambda row: row["cp_async"] > 0 or row["num_stages"] == 1)  # one xPos tile on sm_100
+            def single(row):  # with two stages every tile that keeps wgmma spills there
+                return arch == 100 and row["name"] == "_attention_dkdv_kernel" and {"D128", "xpos"} <= set(
+                    row["label"].replace(",", "").split())
+
+            assert_all(half, lambda row: row["cp_async"] > 0 or single(row))
 
     def test_memory_uses_the_matrix_and_copy_units(self, rows, arch):
         half = [row for row in rows if row["kernel"] == "infini_attention" and "bfloat16" in row["label"]
