@@ -236,13 +236,13 @@ def _attention_fwd_ref(q, k, v, q_sink, k_sink, v_sink, alibi_slopes, q_docs, k_
 
 
 def _attention_bwd_ref(dout, dlse, q, k, v, q_sink, k_sink, v_sink, out, lse, alibi_slopes, q_docs, k_docs, scale, causal,
-                       window, segment, lookback, xpos, q_start, k_start):
-    """-> [dq, dk, dv], and with sinks [..., dq_sink, dk_sink, dv_sink]."""
+                       window, segment, lookback, xpos, q_start, k_start, dtype):
+    """-> [dq, dk, dv], and with sinks [..., dq_sink, dk_sink, dv_sink], in `dtype`."""
     H, G, acc = q.shape[2], k.shape[2], torch.promote_types(q.dtype, torch.float32)
     parts = _parts(q, k, v, q_sink, k_sink, v_sink, k_docs, causal, window, segment, lookback, xpos, q_start,
                    k_start)
-    grads = [[torch.zeros(x.shape, dtype=dtype, device=q.device)
-              for x, dtype in ((part.q, q.dtype), (part.k, acc), (part.v, acc))] for part in parts]
+    grads = [[torch.zeros(x.shape, dtype=to, device=q.device)
+              for x, to in ((part.q, dtype), (part.k, acc), (part.v, acc))] for part in parts]
     for rows in _row_blocks(parts):
         b_lse, b_dlse = (0 if x is None else x[:, :, rows].reshape(q.shape[0], G, -1, 1) for x in (lse, dlse))
         empty = b_lse == -torch.inf
@@ -264,7 +264,7 @@ def _attention_bwd_ref(dout, dlse, q, k, v, q_sink, k_sink, v_sink, out, lse, al
             dk[:, keys] += b_dk
     left_out = k.shape[1] - parts[0].k.shape[1]
     grads[0][1:] = (F.pad(x, (0, 0, 0, 0, left_out, 0)) for x in grads[0][1:])
-    return [x.to(q.dtype) for part in grads for x in part]
+    return [x.to(dtype) for part in grads for x in part]
 
 
 def attention_ref(q, k, v, *, scale, causal, window=None, sinks=None, segment=None, lookback=0, alibi_slopes=None,
@@ -938,10 +938,10 @@ def _attention_fwd(q, k, v, q_sink, k_sink, v_sink, alibi_slopes, q_docs, k_docs
 
 
 def _part_bwd(part, is_sinks, dout, dlse, out, lse, delta, dk, dv, alibi_slopes, q_docs, scale):
-    """-> dq; dk and dv of the keys, or of the sinks, are written. delta is scratch."""
+    """-> dq, in dk's dtype; dk and dv of the keys, or of the sinks, are written. delta is scratch."""
     q, k, v = (_strided(x) for x in part[:3])
     (B, Tq, H, D), (_, Tk, G, _) = q.shape, k.shape
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dq = torch.empty(q.shape, dtype=dk.dtype, device=q.device)
     positions, constants = _shared_arguments(part, alibi_slopes, scale)
     tiles, block_d = _tiles(q, constants["WINDOW"] or constants["ALIBI"], part.zeta is not None)
     options = _launch_options(tiles["dq"], block_d) | (dict(BLOCK_N=16) if is_sinks else {})
@@ -977,16 +977,16 @@ def _part_bwd(part, is_sinks, dout, dlse, out, lse, delta, dk, dv, alibi_slopes,
 
 
 def _attention_bwd(dout, dlse, q, k, v, q_sink, k_sink, v_sink, out, lse, alibi_slopes, q_docs, k_docs, scale, causal,
-                   window, segment, lookback, xpos, q_start, k_start):
-    """-> [dq, dk, dv], and with sinks [..., dq_sink, dk_sink, dv_sink]."""
+                   window, segment, lookback, xpos, q_start, k_start, dtype):
+    """-> [dq, dk, dv], and with sinks [..., dq_sink, dk_sink, dv_sink], in `dtype`."""
     parts = _parts(q, k, v, q_sink, k_sink, v_sink, k_docs, causal, window, segment, lookback, xpos, q_start,
                    k_start)
     dout, dlse = _strided(dout), None if dlse is None else dlse.contiguous()
     delta, grads = torch.empty_like(lse), []
     for i, (part, k) in enumerate(zip(parts, (k, k_sink))):
-        dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+        dk, dv = (torch.empty(k.shape, dtype=dtype, device=k.device) for _ in range(2))
         if not q.numel() or not sum(part.k.shape[1] for part in parts):
-            grads += [torch.zeros_like(part.q), dk.zero_(), dv.zero_()]
+            grads += [torch.zeros_like(part.q, dtype=dtype), dk.zero_(), dv.zero_()]
             continue
         left_out = k.shape[1] - part.k.shape[1]
         if left_out:
@@ -1011,11 +1011,11 @@ register("attention_fwd",
 register("attention_bwd",
          "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? q_sink, Tensor? k_sink, Tensor? v_sink, "
          "Tensor out, Tensor lse, Tensor? alibi_slopes, Tensor? q_docs, Tensor? k_docs, float scale, bool causal, "
-         "SymInt? window, SymInt? segment, SymInt lookback, int? xpos, SymInt q_start, SymInt k_start, bool triton) "
-         "-> Tensor[]",
+         "SymInt? window, SymInt? segment, SymInt lookback, int? xpos, SymInt q_start, SymInt k_start, ScalarType dtype, "
+         "bool triton) -> Tensor[]",
          _implementation(_attention_bwd, _attention_bwd_ref),
-         lambda dout, dlse, q, k, v, q_sink, k_sink, v_sink, *_: [
-             x.new_empty(x.shape) for x in (q, k, v, q_sink, k_sink, v_sink) if x is not None])
+         lambda dout, dlse, q, k, v, q_sink, k_sink, v_sink, *rest: [
+             x.new_empty(x.shape, dtype=rest[-2]) for x in (q, k, v, q_sink, k_sink, v_sink) if x is not None])
 
 
 class _Attention(torch.autograd.Function):
@@ -1028,7 +1028,7 @@ class _Attention(torch.autograd.Function):
         inputs, rest = (q, k, v, q_sink, k_sink, v_sink), (alibi_slopes, q_docs, k_docs)
         out, lse = torch.ops.nanolong.attention_fwd(*inputs, *rest, *options)
         ctx.save_for_backward(*inputs, out, lse, *rest)
-        ctx.options = *options[:-2], options[-1]
+        ctx.options = *options[:-2], q.dtype, options[-1]
         return out, lse
 
     @staticmethod
@@ -1086,6 +1086,22 @@ def _validate(q, k, v, causal, window, sinks, segment, lookback, alibi_slopes, x
     if q_docs is not None and (q_docs.shape != q.shape[:2] or k_docs.shape != k.shape[:2]):
         raise ValueError(f"attention: q_docs {tuple(q_docs.shape)} and k_docs {tuple(k_docs.shape)} must be "
                          f"{tuple(q.shape[:2])} and {tuple(k.shape[:2])}")
+
+
+def attention_backward(dout, dlse, q, k, v, out, lse, *, scale, causal, window, sinks, segment, lookback, alibi_slopes, xpos,
+                       q_docs, k_docs, q_start, k_start):
+    """
+    The gradients of `attention` where it is a part of a larger one, over more keys: out (B, Tq, H, D) and lse (B, H, Tq),
+    natural logarithm, are those of the whole, dout and dlse (None: 0) their gradients -> [dq, dk, dv], with sinks also
+    [dq_sink, dk_sink, dv_sink], in float32 (float64 for float64): what this part adds to the whole's. No autograd.
+    """
+    triton = use_triton(q)
+    if triton:
+        lse, dlse = lse / LN2.value, None if dlse is None else dlse * LN2.value
+        q_docs, k_docs = (x if x is None else x.contiguous().to(torch.int32) for x in (q_docs, k_docs))
+    return torch.ops.nanolong.attention_bwd(
+        dout, dlse, q, k, v, *sinks or 3 * (None,), out.contiguous(), lse.contiguous(), alibi_slopes, q_docs, k_docs, scale,
+        causal, window, segment, lookback, xpos, q_start, k_start, torch.promote_types(q.dtype, torch.float32), triton)
 
 
 def _segments_apart(q, k, v, segment, q_start, k_start, **options):

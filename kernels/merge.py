@@ -146,6 +146,48 @@ def merge_attention(out_a, lse_a, out_b, lse_b):
     return _MergeAttention.apply(*(x.to(acc).contiguous() for x in (out_a, lse_a, out_b, lse_b)))
 
 
+@triton.jit(do_not_specialize=["N", "T"])
+def _merge_into_kernel(OUT, LSE, OUT_B, LSE_B, N, T, stride_ob, stride_lb, stride_lh, H: tl.constexpr, D: tl.constexpr,
+                       BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """out and lse in place, at rows of longer tensors; out_b and lse_b contiguous."""
+    rows, at_lse_b = _merge_rows(N, T, H, BLOCK_N)
+    token, head = rows // H, rows % H
+    at_lse = token // T * stride_lb + head * stride_lh + token % T
+    a = tl.load(LSE + at_lse, rows < N, 0.0)
+    b = tl.load(LSE_B + at_lse_b, rows < N, 0.0)
+    top = tl.maximum(a, b)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    a = tl.exp2((a - top) * LOG2E)
+    b = tl.exp2((b - top) * LOG2E)
+    empty = a + b == 0.0
+    share = tl.where(empty, 0.0, b / tl.where(empty, 1.0, a + b))
+    tl.debug_barrier()  # every thread has read the lse that one of them writes
+    tl.store(LSE + at_lse, tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, a + b)) * LN2), rows < N)
+    d = tl.arange(0, BLOCK_D)
+    at = (token // T * stride_ob + (token % T * H + head) * D)[:, None] + d[None, :]
+    mask = (rows < N)[:, None] & (d < D)[None, :]
+    out = tl.load(OUT + at, mask, 0.0)
+    out_b = tl.load(OUT_B + rows[:, None] * D + d[None, :], mask, 0.0)
+    tl.store(OUT + at, out + share[:, None] * (out_b - out), mask)
+
+
+def merge_into(out, lse, out_b, lse_b):
+    """
+    merge_attention in place, without autograd: out (B, T, H, D) and lse (B, H, T), float32 (float64), may be the same rows
+    of longer tensors; out_b and lse_b like them, contiguous.
+    """
+    if not use_triton(out):
+        merged, total = merge_attention_ref(out, lse, out_b, lse_b)
+        out.copy_(merged), lse.copy_(total)
+        return
+    (B, T, H, D), block_d = out.shape, triton.next_power_of_2(out.shape[3])
+    block_n = max(1, 4096 // block_d)
+    if out.numel():
+        _merge_into_kernel[(triton.cdiv(B * T * H, block_n),)](
+            out, lse, out_b.contiguous(), lse_b.contiguous(), B * T * H, T, out.stride(0), *lse.stride()[:2], H=H, D=D,
+            BLOCK_D=block_d, BLOCK_N=block_n, num_warps=4)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the learned sink
 

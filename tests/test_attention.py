@@ -556,7 +556,7 @@ def test_reference_work_grows_with_the_window():
     with FlopCounterMode(display=False) as forward:
         out, lse = _attention_fwd_ref(q, k, v, *sinks, *rest, torch.float32)
     with FlopCounterMode(display=False) as backward:
-        _attention_bwd_ref(out, lse, q, k, v, *sinks, out, lse, *rest)
+        _attention_bwd_ref(out, lse, q, k, v, *sinks, out, lse, *rest, q.dtype)
     useful = 4 * H * D * T * (W + 4)
     assert useful < forward.get_total_flops() < 1.25 * useful
     assert backward.get_total_flops() < 1.25 * 2.5 * useful
@@ -605,7 +605,7 @@ def test_reference_memory_is_bounded(options, dtype):
             options.get("xpos"), 0, 0)
     with LiveBytes() as live:
         out, lse = _attention_fwd_ref(q, k, v, *sinks, *rest, dtype)
-        _attention_bwd_ref(out, lse, q, k, v, *sinks, out, lse, *rest)
+        _attention_bwd_ref(out, lse, q, k, v, *sinks, out, lse, *rest, q.dtype)
     assert live.peak < 4 * 2**23 * 4 + 20 * q.nbytes, f"{live.peak / 2**20:.0f} MiB"
 
 
@@ -711,7 +711,8 @@ def test_opcheck(triton_kernels):
         rest = slopes, *docs, 0.25, True, window, segment, 1, xpos, 4, 0
         out, lse = torch.ops.nanolong.attention_fwd(*inputs, *rest, torch.float32, True)
         torch.library.opcheck(torch.ops.nanolong.attention_fwd.default, (*inputs, *rest, torch.float32, True))
-        torch.library.opcheck(torch.ops.nanolong.attention_bwd.default, (out, lse, *inputs, out, lse, *rest, True))
+        torch.library.opcheck(torch.ops.nanolong.attention_bwd.default,
+                               (out, lse, *inputs, out, lse, *rest, torch.float32, True))
     torch.library.opcheck(torch.ops.nanolong.merge_attention_fwd.default, (out, lse, out, lse))
     torch.library.opcheck(torch.ops.nanolong.merge_attention_bwd.default, (out, lse) * 4)
 
