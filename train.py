@@ -4,17 +4,19 @@ The trainer, in one file: one process or torchrun, CPU, MPS or CUDA.
     python train.py                                      a small byte-level model on the sample books, at once
     python train.py config/quickstart.py --lr 1e-3       a config file gives the defaults, options change them
     torchrun --nproc-per-node 8 train.py config/pg19_124m.py
+    torchrun --nproc-per-node 8 train.py config/pg19_124m.py --sp 4     4 GPUs share each sequence, by ring attention
     python train.py config/quickstart.py --resume=auto   goes on from the latest checkpoint
     python train.py --init-from HuggingFaceTB/SmolLM2-135M --block-size 1024 --attention window
     python train.py --init-from runs/quickstart --pose-target 4096 --rope-scaling yarn      a longer context, by PoSE
 
 Every run writes runs/<name>/: config.json, metrics.jsonl, log.txt, step_*/ checkpoints and at its end loss.png.
 SIGTERM and Ctrl-C save a checkpoint at the end of the step and exit with 143 and 130. A user's mistake is one line on
-stderr and exit code 1 (2 for a command line that cannot be read).
+stderr and exit code 1 (2 for a command line that cannot be read). So is a rank that died or does not answer for
+--timeout seconds: every other one ends, and says how to go on.
 
 A batch is a pure function of (seed, step, index in the global batch), and nothing else is random once the weights are
 drawn: on CPU a resumed run is bit-identical to an uninterrupted one, and the curve does not depend on how many ranks
-and micro-steps share a batch. On resume the model and the tokenizer must be the same. What FREE_ON_RESUME lists may
+and micro-steps share a batch, nor on how many ranks share a sequence. On resume the model and the tokenizer must be the same. What FREE_ON_RESUME lists may
 change without touching the curve; max_steps may too, and moves the end of the learning rate's schedule; all else
 changes the curve from there on, and the log says so.
 """
@@ -26,12 +28,14 @@ import logging
 import math
 import os
 import platform
+import re
 import runpy
 import shutil
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Annotated, Literal
@@ -42,6 +46,10 @@ import torch.distributed as dist
 import tyro
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import Batch, carried_batch, check_length, eval_batches, pose_batch, prefetch, train_batch
@@ -115,8 +123,11 @@ class TrainConfig:
     parallel_residual: Flag = None  # attention and MLP side by side, not in turn (default: no, or init_from's)
     tie_embeddings: Flag = None  # the output layer is the token embedding (default: yes, or init_from's)
 
-    batch_size: int = 16  # sequences per rank and micro-step: what fits in memory
+    batch_size: int = 16  # sequences per rank (per group of sp ranks) and micro-step: what fits in memory
     batch_tokens: int | None = None  # tokens per optimizer step (default: one micro-step of every rank)
+    sp: int = 1  # ranks that share each sequence, by ring attention: block_size / sp tokens on each
+    fsdp: bool = False  # weights, gradients and optimizer are spread over all ranks: for a model that does not fit
+    timeout: int = 600  # seconds in which no rank answers until the others end; longer than a checkpoint takes to save
     lr: float = 2e-3  # peak learning rate
     warmup_steps: int = 50  # the learning rate rises linearly in them
     schedule: Literal["cosine", "wsd"] = "cosine"  # then: cosine, or constant with a linear decay at the end
@@ -136,9 +147,10 @@ class TrainConfig:
 
 
 FREE_ON_RESUME = {"name", "out", "resume", "log_every", "eval_every", "eval_tokens", "save_every", "keep", "wandb",
-                  "init_from", "batch_size", "device", "compile", "activation_checkpointing"}  # batch_tokens counts
+                  "init_from", "batch_size", "sp", "fsdp", "timeout", "device", "compile",
+                  "activation_checkpointing"}  # batch_tokens counts
 MINIMUM = dict(max_steps=1, gate_lr=0, log_every=1, eval_every=0, eval_tokens=1, save_every=0, keep=1, vocab_multiple=1,
-               batch_size=1, lr=0, warmup_steps=0, final_lr=0, wsd_decay=0, weight_decay=0, grad_clip=0, pose_target=1,
+               batch_size=1, sp=1, timeout=1, lr=0, warmup_steps=0, final_lr=0, wsd_decay=0, weight_decay=0, grad_clip=0, pose_target=1,
                pose_chunks=1)
 NEW_MODEL = dict(n_layer=4, n_head=4, n_embd=192, block_size=256)  # for the rest: GPTConfig
 
@@ -186,12 +198,29 @@ class Place:
     device: torch.device
     dtype: torch.dtype
     reasons: list[str]  # one line each: device, dtype, compile
+    sp: int = 1  # ranks that share a sequence: dp groups of sp neighbours
+    group: dist.ProcessGroup | None = None  # those that share this rank's sequences, where sp > 1
+
+    @property
+    def dp(self) -> int:
+        return self.world // self.sp
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.sp
 
 
 def choose_place(config: TrainConfig) -> Place:
     """Picks device and dtype and says why; rank and world are torchrun's. ValueError when they cannot be had."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if world % config.sp:
+        most = max(n for n in range(1, world + 1) if world % n == 0 and n <= config.sp)
+        raise ValueError(f"sp is {config.sp}, which does not divide {world} rank(s): use --sp {most}, or torchrun "
+                         f"--nproc-per-node {-(-world // config.sp) * config.sp}")
+    if config.fsdp and world == 1:
+        raise ValueError("fsdp with 1 rank: there is nobody to share the weights with; leave --fsdp away, or use torchrun "
+                         "--nproc-per-node 2")
     has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available() and world == 1, cpu=True)
     kind, why = config.device, f"--device {config.device}"
     if kind == "auto":
@@ -217,7 +246,23 @@ def choose_place(config: TrainConfig) -> Place:
     return Place(rank, world, device, dtype, [
         f"device: {kind}, {name}, {world} rank(s) ({why})",
         f"dtype: {str(dtype)[6:]} activations, float32 weights ({because})",
-        "compile: on (the first step takes a while)" if config.compile else "compile: off (the default without CUDA)"])
+        "compile: on (the first step takes a while)" if config.compile else "compile: off (the default without CUDA)"],
+        config.sp)
+
+
+def connect(config: TrainConfig, place: Place):
+    """Makes the process groups: that of all ranks and, with sp, place.group. Nobody waits for longer than --timeout."""
+    if place.world == 1:
+        return
+    kind, timeout = place.device.type, timedelta(seconds=config.timeout)
+    # gloo carries small numbers between CPUs: agreeing on them never waits for a GPU
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timeout)
+    if place.sp > 1:
+        mesh = init_device_mesh(kind, (place.dp, place.sp), mesh_dim_names=("dp", "sp"))
+        for name in ("dp", "sp"):  # they do not take over the timeout of the group of all
+            _set_pg_timeout(timeout, mesh.get_group(name))
+        place.group = mesh.get_group("sp")
+    total(place, 0)  # nobody may leave with an error before all have connected
 
 
 def total(place: Place, *values: float) -> list[float]:
@@ -279,6 +324,8 @@ def choose_model(config: TrainConfig) -> tuple[TrainConfig, GPTConfig, Tokenizer
     if config.mask_documents and "window" in c.attention and c.sinks > c.sink_tokens:
         raise ValueError(f"mask_documents with sinks {c.sinks} and sink_tokens {c.sink_tokens}: the sinks would be the "
                          f"first document's tokens; use --sinks {c.sink_tokens} or --sink-tokens {c.sinks}")
+    if config.sp > 1:
+        c.check_shards(c.block_size, config.sp)
     resolved = {f.name: getattr(c, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
     c = replace(c, block_size=config.pose_target or c.block_size)  # the model's: the length that it has learnt
     return replace(config, tokenizer=name, vocab_multiple=multiple, **resolved), c, tokenizer, folder
@@ -355,14 +402,15 @@ def open_data(config: TrainConfig, place: Place, tokenizer: Tokenizer) -> Data:
     return train, validation, tokenizer
 
 
-def resolve_batch(config: TrainConfig, world: int) -> tuple[int, int]:
+def resolve_batch(config: TrainConfig, dp: int) -> tuple[int, int]:
     """-> tokens per optimizer step, micro-steps per rank. ValueError with the nearest choice if they do not divide."""
-    micro = config.batch_size * config.block_size * world
+    micro = config.batch_size * config.block_size * dp
     tokens = micro if config.batch_tokens is None else config.batch_tokens
     if tokens < 1 or tokens % micro:
         low, high = tokens // micro * micro, (max(0, tokens) // micro + 1) * micro
-        raise ValueError(f"batch_tokens {tokens} is not a multiple of batch_size x block_size x ranks = "
-                         f"{config.batch_size} x {config.block_size} x {world} = {micro}: the nearest is "
+        ranks = "ranks" if config.sp == 1 else f"groups of {config.sp} ranks"
+        raise ValueError(f"batch_tokens {tokens} is not a multiple of batch_size x block_size x {ranks} = "
+                         f"{config.batch_size} x {config.block_size} x {dp} = {micro}: the nearest is "
                          f"--batch-tokens {f'{low} or {high}' if low > 0 else high}")
     return tokens, tokens // micro
 
@@ -379,18 +427,31 @@ def lr_factor(config: TrainConfig, step: int) -> float:
     return 1 - (1 - config.final_lr) * fallen
 
 
+def shard(batch: Batch, model: GPT, place: Place) -> Batch:
+    """With sequence parallelism this rank's part of each sequence of the batch."""
+    if place.sp == 1:
+        return batch
+    c = model.config
+    if batch.docs is not None and c.position == "rope" and (c.sink_tokens or c.by_length):
+        batch = batch.count_documents()
+    return batch.shard(*model.ring)
+
+
 @torch.no_grad()
 def evaluate(model: GPT, validation: TokenFile | PasskeySet, token_nbytes: np.ndarray, config: TrainConfig,
              place: Place) -> dict:
     """Loss on the fixed validation tokens, summed over all ranks: nats per token and bits per byte of text."""
     nll, tokens, nbytes = 0.0, 0, 0
-    args = config.block_size, config.batch_size, config.eval_tokens, place.rank, place.world
+    args = config.block_size, config.batch_size, config.eval_tokens, place.dp_rank, place.dp
     for batch in validation.eval_batches(*args) if isinstance(validation, PasskeySet) else \
             eval_batches(validation, *args, config.mask_documents):
+        batch = shard(batch, model, place)
         on = batch.to(place.device)
-        _, loss = model(on.x, on.y, docs=on.docs, reduction="sum")
+        _, loss = model(on.x, on.y, positions=on.positions, docs=on.docs, reduction="sum")
         nll, tokens = nll + loss.item(), tokens + batch.n_valid
         nbytes += int(token_nbytes[batch.y[batch.y >= 0].numpy()].sum())
+    if isinstance(model, FSDPModule):  # which keeps them whole for a backward pass
+        model.reshard()
     nll, tokens, nbytes = total(place, nll, tokens, nbytes)
     return dict(val_loss=nll / tokens, val_bits_per_byte=nll / math.log(2) / max(1, nbytes), val_tokens=int(tokens))
 
@@ -467,8 +528,35 @@ def data_identity(data: Data) -> dict:
     return dict(**sizes, tokenizer_tag=data[2].tag)
 
 
-def save_checkpoint(run: Path, step: int, model: GPT, optimizer: torch.optim.AdamW, config: TrainConfig,
-                    progress: dict, tokenizer: Tokenizer, memory: dict[str, torch.Tensor]):
+def gather(model: GPT, optimizer: torch.optim.AdamW, carried: list, place: Place) -> tuple[GPT, dict[str, torch.Tensor]]:
+    """
+    What a checkpoint holds, however many ranks share it: the model, and the optimizer's state with what carry_memory takes
+    on. All ranks call it together; what fsdp spreads is in one piece afterwards, on rank 0's CPU, and on no other rank.
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    state = {f"{key}.{names[p]}": x for p, s in optimizer.state.items() for key, x in s.items()}
+    if isinstance(model, FSDPModule):
+        with torch.device("meta"):
+            plain = GPT(model.config)
+        weights, state = (in_one_piece(tensors, place) for tensors in (model.state_dict(), state))
+        model = plain
+        if place.rank == 0:
+            model.load_state_dict(weights, assign=True)
+    return model, state | gather_memory(carried, place)
+
+
+def in_one_piece(tensors: dict[str, torch.Tensor], place: Place) -> dict[str, torch.Tensor]:
+    """The tensors on rank 0's CPU, gathered one after another; none on the others."""
+    kept = {}
+    for name, x in tensors.items():
+        whole = x.full_tensor() if isinstance(x, DTensor) else x
+        if place.rank == 0:
+            kept[name] = whole.cpu()
+    return kept
+
+
+def save_checkpoint(run: Path, step: int, model: GPT, state: dict[str, torch.Tensor], config: TrainConfig, progress: dict,
+                    tokenizer: Tokenizer):
     """Writes run/step_<step>/, whole in itself, onto the disk, then gives it its name and drops all but `keep`."""
     folder = run / f"step_{step:07d}"
     tmp = run / f".tmp_{folder.name}"
@@ -477,9 +565,7 @@ def save_checkpoint(run: Path, step: int, model: GPT, optimizer: torch.optim.Ada
     model.save_pretrained(str(tmp), extra=None if tokenizer.files else {"tokenizer": tokenizer.name})
     for name, content in tokenizer.files.items():
         (tmp / name).write_bytes(content)
-    names = {p: name for name, p in model.named_parameters()}
-    state = {f"{key}.{names[p]}": x for p, s in optimizer.state.items() for key, x in s.items()}
-    save_file(state | memory, tmp / "optimizer.safetensors")
+    save_file(state, tmp / "optimizer.safetensors")
     triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None
     versions = dict(python=platform.python_version(), torch=torch.__version__, triton=triton, numpy=np.__version__)
     (tmp / "train.json").write_text(json.dumps(dict(step=step, tokens=step * config.batch_tokens, **progress,
@@ -537,8 +623,9 @@ def gather_memory(states: list, place: Place) -> dict[str, torch.Tensor]:
     for i in range(len(states[0].layers) if states else 0):
         for name in states[0].layers[i].memory:
             mine = torch.cat([state.layers[i].memory[name] for state in states]).cpu()
-            whole = mine.new_zeros(place.world, *mine.shape)
-            whole[place.rank] = mine
+            whole = mine.new_zeros(place.dp, *mine.shape)
+            if place.rank % place.sp == 0:  # all that share a sequence have its memory
+                whole[place.dp_rank] = mine
             if place.world > 1:
                 dist.all_reduce(whole)
             memory[f"memory.{i}.{name}"] = whole.flatten(0, 1)
@@ -547,14 +634,14 @@ def gather_memory(states: list, place: Place) -> dict[str, torch.Tensor]:
 
 def new_memory(config: TrainConfig, place: Place, model: GPT, tensors: dict | None) -> list:
     """With carry_memory a state for each micro-step of this rank, empty or as a checkpoint's `tensors` have it; else none."""
-    n_micro = resolve_batch(config, place.world)[1]
+    n_micro = resolve_batch(config, place.dp)[1]
     states = [model.new_state(config.batch_size) for _ in range(n_micro)] if config.carry_memory else []
     for m, state in enumerate(states):
-        first = (place.rank * n_micro + m) * config.batch_size
+        first = (place.dp_rank * n_micro + m) * config.batch_size
         for i, layer in enumerate(state.layers):
             for name, x in layer.memory.items():
                 saved = (tensors or {}).get(f"memory.{i}.{name}", [])
-                if len(saved) == place.world * n_micro * config.batch_size:
+                if len(saved) == place.dp * n_micro * config.batch_size:
                     x.copy_(saved[first:first + config.batch_size])
     return states
 
@@ -566,9 +653,28 @@ def make_optimizer(model: GPT, config: TrainConfig, tensors: dict | None) -> tor
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
     if tensors is not None:
         for name, p in model.named_parameters():
-            optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device, copy=True)
-                                  for key in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": tensors[f"step.{name}"].to(p.device, copy=True)}
+            for key in ("exp_avg", "exp_avg_sq"):
+                x = tensors[f"{key}.{name}"].to(p.device, copy=True)
+                if isinstance(p, DTensor):  # this rank's part
+                    x = distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
+                optimizer.state[p][key] = x
     return optimizer
+
+
+def spread(model: GPT, config: TrainConfig, place: Place):
+    """
+    With fsdp each rank keeps its part of the weights, gradients and optimizer's state of every block, and of the rest, by
+    FSDP2: a block's weights come together, on the device, while it computes. Gradients are averaged, as by DDP.
+    """
+    mesh = init_device_mesh(place.device.type, (place.world,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+        if config.compile:
+            block.forward = torch.compile(block.forward, dynamic=False)  # what gathers the weights stays outside
+    fully_shard(model, mesh=mesh)
+    if place.device.type == "cpu":  # gloo's own averages are sums in some versions (pytorch issue 162338)
+        model.set_force_sum_reduction_for_comms(True)
 
 
 def duration(seconds: float) -> str:
@@ -659,6 +765,7 @@ def micro_step(forward: torch.nn.Module, batch: Batch, m: int, place: Place, n_v
     Adds the gradient of micro-step m to the parameters' -> its summed nll. The gradient is that of the mean over the
     n_valid targets of the whole global batch; DDP divides by the number of ranks, so the loss is multiplied by it.
     carried: with carry_memory the state of each micro-step, which goes on; no gradient flows into the sequence before.
+    sync: whether the ranks' gradients are added up now or, but for fsdp, which would hold all of them, with a later one's.
     """
     on, state = batch.micro(m, place.device), None
     if carried:
@@ -666,7 +773,7 @@ def micro_step(forward: torch.nn.Module, batch: Batch, m: int, place: Place, n_v
         state.position = 0  # infini layers know no positions but those inside a segment
         for layer in state.layers:
             layer.clear(on.begins)
-    with contextlib.nullcontext() if sync or place.world == 1 else forward.no_sync():
+    with forward.no_sync() if isinstance(forward, DistributedDataParallel) and not sync else contextlib.nullcontext():
         _, nll = forward(on.x, on.y, positions=on.positions, docs=on.docs, state=state, reduction="sum")
         (nll * (place.world / n_valid)).backward()
     return nll.detach()
@@ -682,26 +789,32 @@ def optimizer_step(forward: torch.nn.Module, optimizer: torch.optim.AdamW, batch
     norm = torch.nn.utils.clip_grad_norm_(forward.parameters(), config.grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return nll, norm
+    return nll, norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def diverged(loss: float, norm: float, weights=()) -> str:
+def finite(model: GPT, place: Place) -> bool:
+    """Whether all weights are finite numbers, those that other ranks hold too."""
+    mine = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    return total(place, not all(p.isfinite().all() for p in mine)) == [0]
+
+
+def diverged(loss: float, norm: float, finite_weights: bool = True) -> str:
     """What is no finite number after a step, in words: such a step must not be saved. Empty when all is well."""
     for name, value in (("the loss", loss), ("the norm of the gradient", norm)):
         if not math.isfinite(value):
             return f"{name} is {value}"
-    return "" if all(w.isfinite().all() for w in weights) else "the weights are not finite"
+    return "" if finite_weights else "the weights are not finite"
 
 
 def predict(forward: torch.nn.Module, batch: Batch, config: TrainConfig, place: Place, steps: int, carried: list) -> float:
     """Seconds per step, from timed micro-steps on real data; the model and the optimizer stay as they were."""
     times = []
     for _ in range(4):  # the first compiles and warms up
-        micro_step(forward, batch, 0, place, batch.n_valid, False, carried).item()  # waits for the device
+        micro_step(forward, batch, 0, place, batch.y.numel(), False, carried).item()  # waits for the device
         times.append(time.perf_counter())
     forward.zero_grad(set_to_none=True)
     micro = min(times[2] - times[1], times[3] - times[2])
-    micro_tokens = config.batch_size * config.block_size * place.world
+    micro_tokens = config.batch_size * config.block_size * place.dp
     n_evals = 1 + (steps // config.eval_every if config.eval_every else 0)
     evals = n_evals * math.ceil(config.eval_tokens / micro_tokens) / 3  # in micro-steps: no backward pass
     n_micro = config.batch_tokens // micro_tokens
@@ -729,24 +842,25 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
     """Trains from step `start` to max_steps or to a signal, with checkpoints in `run` -> exit code, last words."""
     train_file, validation, tokenizer = data
     steps = range(start, config.max_steps)
-    n_micro = resolve_batch(config, place.world)[1]
-    first_sample = place.rank * n_micro * config.batch_size  # of this rank's share of the global batch
+    n_micro = resolve_batch(config, place.dp)[1]
+    first_sample = place.dp_rank * n_micro * config.batch_size  # of this rank's share of the global batch
 
     def load(step: int) -> Batch:
         args = config.block_size, config.seed, step, first_sample, n_micro, config.batch_size
         if isinstance(train_file, PasskeySet):
             batch = train_file.train_batch(*args)
         elif carried:
-            batch = carried_batch(train_file, *args, n_streams=place.world * n_micro * config.batch_size)
+            batch = carried_batch(train_file, *args, n_streams=place.dp * n_micro * config.batch_size)
         elif config.pose_target is not None:
             batch = pose_batch(train_file, *args, config.pose_target, config.pose_chunks or 2,
                                config.pose_content_skip is not False)
         else:
             batch = train_batch(train_file, *args, config.mask_documents)
+        batch = shard(batch, model, place)
         return batch.pin() if place.device.type == "cuda" else batch
 
     forward = model  # what a training step calls; `model` itself is evaluated and saved
-    if place.world > 1:
+    if place.world > 1 and not config.fsdp:
         forward = DistributedDataParallel(model, device_ids=[place.device] if place.device.type == "cuda" else None,
                                           gradient_as_bucket_view=True)
     seconds = predict(forward, load(start), config, place, len(steps), new_memory(config, place, model, None))  # per step
@@ -757,7 +871,7 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
         next_valid, stopping = total(place, batch.n_valid, bool(caught))
         if stopping:
             if done > start:
-                wrong = diverged(total(place, nll.item())[0] / n_valid, norm.item(), model.parameters())
+                wrong = diverged(total(place, nll.item())[0] / n_valid, norm.item(), finite(model, place))
             break
         n_valid = next_valid
         factor = lr_factor(config, step)
@@ -771,13 +885,13 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
         if not (evaluating or saving or reporting):
             continue
         loss = total(place, nll.item())[0] / n_valid
-        wrong = diverged(loss, norm.item(), model.parameters() if saving else ())
+        wrong = diverged(loss, norm.item(), not saving or finite(model, place))
         if wrong:
             break
         record = dict(step=done, tokens=done * config.batch_tokens, loss=loss, lr=config.lr * factor)
         record["grad_norm"] = norm.item()
         if len(gates := model.gates()):
-            record["gates"] = gates.tolist()
+            record["gates"] = (gates.full_tensor() if isinstance(gates, DTensor) else gates).tolist()
         if lap and done > lap[0]:
             now = time.perf_counter()
             record |= speed((now - lap[1]) / (done - lap[0]), model, config, place)
@@ -786,7 +900,7 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
             record |= evaluate(model, validation, tokenizer.token_nbytes, config, place)
         progress |= {key: record[key] for key in ("loss", "val_loss", "val_bits_per_byte") if key in record}
         log.info(describe(record, config, (config.max_steps - done) * seconds))
-        kept = gather_memory(carried, place) if saving else {}
+        kept = gather(model, optimizer, carried, place) if saving else None
         if place.rank == 0:
             with open(run / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(record) + "\n")
@@ -794,7 +908,7 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
                 gates = {f"gate/{i}.{h}": g for i, layer in enumerate(record.get("gates", [])) for h, g in enumerate(layer)}
                 wandb_run.log({key: x for key, x in record.items() if key != "gates"} | gates, step=done)
             if saving:
-                save_checkpoint(run, done, model, optimizer, config, progress, tokenizer, kept)
+                save_checkpoint(run, done, *kept, config, progress, tokenizer)
         lap = lap and (done, time.perf_counter())
     if wrong:
         return 1, f"{wrong} at step {done}: try a smaller --lr or a longer --warmup-steps"
@@ -804,9 +918,10 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
         return 0, (f"done: {done - start} steps in {duration(time.perf_counter() - began)}, val "
                    f"{record['val_loss']:.4f} nats/token, {record['val_bits_per_byte']:.4f} bits/byte; "
                    f"next: python sample.py {run}")
-    kept = gather_memory(carried, place)
+    if done:
+        kept = gather(model, optimizer, carried, place)
     if place.rank == 0 and done and not (run / f"step_{done:07d}").exists():
-        save_checkpoint(run, done, model, optimizer, config, progress, tokenizer, kept)
+        save_checkpoint(run, done, *kept, config, progress, tokenizer)
     number = caught[0] if caught else signal.SIGTERM  # none here: another rank's
     return 128 + number, (f"stopped by {signal.Signals(number).name} after step {done}/{config.max_steps}; to go on, "
                           f"add --name={run.name} --resume=auto to the same command")
@@ -820,11 +935,9 @@ def setup(args: list[str], memory: MemoryHandler) -> tuple:
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--wandb needs a package that is not installed: pip install wandb")
     config, model_config, tokenizer, base = choose_model(config)
-    batch_tokens, n_micro = resolve_batch(config, place.world)
+    batch_tokens, n_micro = resolve_batch(config, place.dp)
     config = replace(config, batch_tokens=batch_tokens)
-    if place.world > 1:  # gloo carries small numbers between CPUs: agreeing on them never waits for a GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if place.device.type == "cuda" else "gloo")
-        total(place, 0)  # nobody may leave with an error before all have connected
+    connect(config, place)
     data = open_data(config, place, tokenizer)
     run, checkpoint = from_rank0(place, find_run, config, stem)
     start, tensors, changed = 0, None, []
@@ -846,24 +959,33 @@ def setup(args: list[str], memory: MemoryHandler) -> tuple:
                     if saved["data"].get(key, value) != value]
     model.compute_dtype = place.dtype if place.dtype != torch.float32 else None
     model.activation_checkpointing = config.activation_checkpointing
-    model.to(place.device)
-    optimizer = make_optimizer(model, config, tensors)
-    carried = new_memory(config, place, model, tensors)
-    if config.compile and model.by_segments:
+    if place.sp > 1:
+        model.sequence_parallel(place.group)
+    if config.fsdp:
+        spread(model, config, place)  # before it is on the device, where it may not fit
+    elif config.compile and model.by_segments:
         model._segment_loss = torch.compile(model._segment_loss, dynamic=False)  # the loop over segments stays outside
     elif config.compile:
         model.compile(dynamic=False)  # in place: the names of the weights stay
+    model.to(place.device)
+    optimizer = make_optimizer(model, config, tensors)
+    carried = new_memory(config, place, model, tensors)
     wandb_runs = []  # rank 0's; the run's folder is made last, after all that can fail
     if config.wandb:
         from_rank0(place, lambda: wandb_runs.append(start_wandb(run, config)))
     from_rank0(place, open_run, run, config, start, memory)
+    ranks = f"{place.world} rank(s)" if place.sp == 1 else f"{place.dp} group(s) of {place.sp} ranks"
     for line in (f"run: {run}", *place.reasons,
+                 *([f"mesh: {place.dp} data-parallel x {place.sp} sequence-parallel, {model.ring.layout}"]
+                   if place.sp > 1 else []),
+                 *([f"fsdp: {count(sum(p.to_local().numel() for p in model.parameters()))} parameters on this rank"]
+                   if config.fsdp else []),
                  f"data: {config.data}, " + ("made as it is read" if is_passkey(config) else
                  f"{count(len(data[0]))} training and {count(len(data[1]))} validation tokens"),
                  f"model: {count(model.num_params())} parameters, {count(model.num_params(embeddings=False))} of them "
                  f"not embeddings; vocabulary {tokenizer.vocab_size} ({config.tokenizer}), in the model "
                  f"{model.config.vocab_size}" + (f"; from {config.init_from}" if config.init_from else ""),
-                 f"batch: {batch_tokens} tokens = {place.world} rank(s) x {n_micro} micro-step(s) x "
+                 f"batch: {batch_tokens} tokens = {ranks} x {n_micro} micro-step(s) x "
                  f"{config.batch_size} sequences x {config.block_size}",
                  *([f"pose: {config.block_size} tokens in {config.pose_chunks or 2} chunk(s) at positions 0 to "
                     f"{config.pose_target - 1}; validation at 0 to {config.block_size - 1}"] if config.pose_target else []),
@@ -871,6 +993,28 @@ def setup(args: list[str], memory: MemoryHandler) -> tuple:
                  *([f"resume: from here on the curve differs by {', '.join(changed)}"] if changed else [])):
         log.info(line)
     return config, place, run, model, optimizer, data, start, carried, wandb_runs[0] if wandb_runs else None
+
+
+# what gloo's sockets and timeouts say; NCCL's and the store's errors have types of their own
+LOST = re.compile(r"gloo/transport.*(closed|reset|timed ?out|timeout|broken pipe|refused|socket)|timed out waiting", re.I | re.S)
+
+
+def is_lost(e: RuntimeError) -> bool:
+    """Whether this error came from communication: another rank has died, or does not answer."""
+    return isinstance(e, dist.DistError) or LOST.search(str(e)) is not None
+
+
+def give_up(e: RuntimeError, rank: int, run: Path | None, memory: MemoryHandler):
+    """Ends this rank with one line about the other that is lost. At once: to close the process groups may take for ever."""
+    words = f"error on rank {rank}: another rank died or does not answer ({' '.join(str(e).split()).split('. ')[0][:300]})"
+    if run is not None:
+        words += (f"; the latest checkpoint is {(checkpoints(run) or ['none yet'])[-1]}; to go on, add --name={run.name} "
+                  "--resume=auto to the same command")
+    log.handlers = [memory]  # log.txt alone
+    log.info(words)
+    memory.close()
+    print(words, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 class Stdout(logging.StreamHandler):
@@ -901,18 +1045,27 @@ def main(args: list[str] | None = None):
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.exit(f"error{f' on rank {rank}' if rank else ''}: {e}")
+    except RuntimeError as e:
+        if not is_lost(e):
+            raise
+        give_up(e, rank, None, memory)
     try:
         code, words = train(*state)
+        if code == 1 and rank == 0:
+            log.handlers = [memory]  # log.txt alone: the same line goes to stderr
+        log.info(words)
+        if dist.is_initialized():
+            total(state[1], 0)  # gloo's threads may abort a process that leaves while others still talk to it
     except DataError as e:  # perhaps on this rank alone: torchrun ends the others
         sys.exit(f"error{f' on rank {rank}' if rank else ''}: {e}")
-    if code == 1 and rank == 0:
-        log.handlers = [memory]  # log.txt alone: the same line goes to stderr
-    log.info(words)
+    except RuntimeError as e:
+        if not is_lost(e):
+            raise
+        give_up(e, rank, state[2], memory)
     memory.close()
     if state[-1] is not None:  # wandb's run
         state[-1].finish()
     if dist.is_initialized():
-        total(state[1], 0)  # gloo's threads may abort a process that leaves while others still talk to it
         dist.destroy_process_group()
     if code:
         sys.exit(f"error: {words}" if code == 1 and rank == 0 else code)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from data.tokens import DataError
+from kernels.ring import shard_sequence
 
 IGNORE = -100  # a target that is no target; the model's loss leaves it out
 
@@ -27,7 +28,7 @@ class Batch(NamedTuple):
     docs: torch.Tensor | None  # (..., T) int32 document numbers, counted from the window's first; only when asked for
     n_valid: int  # targets that are not IGNORE
     begins: torch.Tensor | None = None  # (...) bool, the sequence is a document's first; only with carried_batch
-    positions: torch.Tensor | None = None  # (..., T) int64, where rotary models rotate to; only with pose_batch
+    positions: torch.Tensor | None = None  # (..., T) int64, where rotary models rotate to; of pose_batch, or count_documents
 
     def _map(self, function) -> "Batch":
         x, y, docs, *rest = (None if t is None else function(t) for t in (*self[:3], self.begins, self.positions))
@@ -39,6 +40,18 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def count_documents(self) -> "Batch":
+        """With positions that begin at 0 in every document. The model finds them by itself, but not in a shard."""
+        at = torch.arange(self.docs.shape[-1])
+        begins = torch.nn.functional.pad(self.docs[..., 1:] != self.docs[..., :-1], (1, 0)) * at
+        return self._replace(positions=at - begins.cummax(-1).values)
+
+    def shard(self, group: torch.distributed.ProcessGroup, layout: str) -> "Batch":
+        """This rank's part of every sequence: T / P tokens for P ranks, with the targets that they had in the whole."""
+        x, y, docs, positions = (None if t is None else shard_sequence(t, group, layout, dim=-1)
+                                 for t in (self.x, self.y, self.docs, self.positions))
+        return Batch(x, y, docs, int((y != IGNORE).sum()), self.begins, positions)
 
     def micro(self, m: int, device: torch.device) -> "Batch":
         """Micro-step m of a stacked batch, on `device`."""
@@ -170,12 +183,12 @@ def eval_batches(file, block_size: int, batch_size: int, n_targets: int, rank: i
                  with_docs: bool = False) -> Iterator[Batch]:
     """
     The first `n_targets` targets of a set (all, if it has fewer) in consecutive windows of block_size, batch_size at a
-    time; rank r of `world` gets batches r, r + world, ... Yields Batch of x, y, docs (B, T), always so: the last
-    window and the last batch are filled up with IGNORE, so every target counts exactly once.
+    time; rank r of `world` gets batches r, r + world, ..., every rank equally many. Yields Batch of x, y, docs (B, T),
+    always so: what is beyond the last target is filled up with IGNORE, so every target counts exactly once.
     """
     n_targets = min(n_targets, file.n_tokens - 1)
     n_batches = -(-n_targets // (batch_size * block_size))
-    for b in range(rank, n_batches, world):
+    for b in range(rank, -(-n_batches // world) * world, world):
         starts = (b * batch_size + np.arange(batch_size)) * block_size
         yield _stack(file, starts, np.clip(n_targets - starts, 0, block_size), block_size, with_docs)
 

@@ -74,7 +74,9 @@ def test_evaluation_counts_every_target_once(file, n_targets, with_docs):
     for world in (1, 2, 5):
         pairs = []
         for rank in range(world):
-            for batch in eval_batches(file, 8, 4, n_targets, rank, world, with_docs):
+            batches = list(eval_batches(file, 8, 4, n_targets, rank, world, with_docs))
+            assert len(batches) == -(-kept // (32 * world))  # equally many on every rank
+            for batch in batches:
                 assert batch.x.shape == (4, 8) and batch.n_valid == int((batch.y != IGNORE).sum())
                 valid = batch.y != IGNORE
                 pairs += zip(batch.x[valid].tolist(), batch.y[valid].tolist())

@@ -136,5 +136,6 @@ def test_evaluation_is_fixed_and_shared_between_ranks():
         shared = [list(tasks.eval_batches(280, 2, n_targets, rank, 3)) for rank in range(3)]
         for i, batch in enumerate(alone):
             assert torch.equal(batch.x, shared[i % 3][i // 3].x) and torch.equal(batch.y, shared[i % 3][i // 3].y)
-        assert sum(map(len, shared)) == len(alone)
+        assert [len(batches) for batches in shared] == [-(-len(alone) // 3)] * 3
+        assert sum(b.n_valid for batches in shared for b in batches) == 12 * n
     assert not torch.equal(alone[0].x, tasks.train_batch(280, 0, 0, 0, 1, 2).x[0])

@@ -120,11 +120,11 @@ class PasskeySet:
                      world: int = 1) -> Iterator[Batch]:
         """
         The first tasks, `n_targets` tokens of them rounded up to whole ones, of a fixed list that no training draws
-        from, batch_size at a time; rank r of `world` gets batches r, r + world, ... Yields Batch of x, y (B, T), always
-        so: the last batch is filled up with IGNORE.
+        from, batch_size at a time; rank r of `world` gets batches r, r + world, ..., every rank equally many. Yields Batch
+        of x, y (B, T), always so: what is beyond the last task is filled up with IGNORE.
         """
-        n = -(-n_targets // block_size)
-        for at in range(rank * batch_size, n, world * batch_size):
+        n, turn = -(-n_targets // block_size), world * batch_size
+        for at in range(rank * batch_size, -(-n // turn) * turn, turn):
             yield self._stack(block_size, [(0, HELD_OUT, i) if i < n else None for i in range(at, at + batch_size)])
 
     def _stack(self, T: int, samples: list[tuple[int, int, int] | None]) -> Batch:
