@@ -5,6 +5,7 @@ them.
 Shapes: B batch, T tokens, C = n_embd, H query heads, G key/value heads (H a multiple of G), D = head_dim, V vocabulary.
 """
 
+import functools
 import json
 import math
 import os
@@ -17,11 +18,13 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from kernels import (apply_sink_logit, attention, decode_attention, infini_attention, linear_cross_entropy, memory_read,
                      rms_norm, rope, rope_frequencies, rope_turns, swiglu)
 from kernels.backend import use_triton
+from kernels.ring import (Ring, broadcast_sinks, from_last_rank, ring_attention, shard_positions, shard_sequence,
+                          unshard_sequence)
 from kernels.rope import SCALING_KEYS
 
 
@@ -175,6 +178,29 @@ class GPTConfig:
         """The tokens that a query of such a layer can see by their distance, itself included."""
         return dict(full=math.inf, window=self.sinks + self.window, infini=self.segment,
                     blockwise=2 * (self.block_size // 2))[kind]
+
+    @property
+    def layout(self) -> str:
+        """How the ranks of a sequence-parallel group share a sequence: zigzag, the same work for each, for full attention."""
+        return "zigzag" if "full" in self.layer_kinds and "infini" not in self.layer_kinds else "contiguous"
+
+    def shard_multiple(self, ranks: int) -> int:
+        """Sequences that `ranks` ranks can share are multiples of so many tokens. ValueError if this model's cannot be."""
+        if self.sink_tokens:
+            raise ValueError(f"sink_tokens {self.sink_tokens} with {ranks} ranks per sequence: no shard has room for tokens in "
+                             "front of the sequence; use sinks alone, or one rank")
+        return ranks * (2 if self.layout == "zigzag" else self.segment if "infini" in self.layer_kinds else 1)
+
+    def check_shards(self, T: int, ranks: int):
+        """ValueError, one line, where `ranks` ranks cannot share a sequence of T tokens."""
+        n = self.shard_multiple(ranks)
+        if T % n:
+            what = dict(zigzag="two chunks", contiguous="whole segments")[self.layout] if n > ranks else "a shard"
+            raise ValueError(f"{T} tokens with {ranks} ranks per sequence: each takes {what} of equal size, so they must be a "
+                             f"multiple of {n}: use {f'{T // n * n} or ' if T >= n else ''}{(T // n + 1) * n}")
+        if self.rope_type == "dynamic" and T > self.trained_length:
+            raise ValueError(f"{T} tokens with {ranks} ranks per sequence and dynamic rope_scaling: beyond {self.trained_length} it "
+                             "goes by each query's length, which a shard does not count up; take ntk, the same for one length")
 
     def frequencies(self, length: int | None = None):
         """rope_frequencies of this model, for a text of `length` tokens. ValueError for a rope_scaling that is wrong."""
@@ -574,11 +600,11 @@ class Attention(nn.Module):
         self.memory_q, self.memory_k = (
             nn.Parameter(torch.full((self.head_dim,), float(config.memory_norm))) if normed else None for _ in range(2))
 
-    def forward(self, x, angles, slopes, positions, explicit, docs, state, start, whole):
+    def forward(self, x, angles, slopes, positions, explicit, docs, state, start, whole, ring):
         """
-        x (B, T, C) at `start`, after what the state holds -> (B, T, C). angles: what the rows rotate by, a list of Angles
-        for each kind of layer; slopes: the ALiBi slopes, or None; positions, docs: see GPT.forward; explicit: positions
-        do not count up from `start`; whole: the window holds every token of the call.
+        x (B, T, C) at `start`, after what the state holds -> (B, T, H D), for `wo`. angles: what the rows rotate by, a list
+        of Angles for each kind of layer; slopes: the ALiBi slopes, or None; positions, docs: see GPT.forward; explicit:
+        positions do not count up from `start`; whole: the window holds every token; ring: see GPT.sequence_parallel.
         """
         B, T, _ = x.shape
         H, G, angles = self.n_head, self.n_kv_head, angles[self.kind]
@@ -588,17 +614,17 @@ class Attention(nn.Module):
         one = cache is not None and T == 1 and not torch.is_grad_enabled() and angles[0].near is None
         if self.segment is not None:
             y = self.infini_decode(qk, v, angles[0].turns, slopes, positions, state, cache, start) if one else \
-                self.infini(qk, v, angles[0].turns, slopes, positions, docs, cache, start)
+                self.infini(qk, v, angles[0].turns, slopes, positions, docs, cache, start, ring)
         elif one:
             y = self.decode(qk, v, angles[0].turns, slopes, positions, state, cache, start)
         else:
-            y = self.parallel(qk, v, angles, slopes, positions, explicit, docs, cache, start, whole)
+            y = self.parallel(qk, v, angles, slopes, positions, explicit, docs, cache, start, whole, ring)
         if self.sink_logit is not None:
             y = apply_sink_logit(*y, self.sink_logit).to(x.dtype)
-        return self.wo(y.reshape(B, T, H * self.head_dim))
+        return y.reshape(B, T, H * self.head_dim)
 
-    def parallel(self, qk, v, angles, slopes, positions, explicit, docs, cache, start, whole):
-        """Any number of tokens, after those of the cache if there is one."""
+    def parallel(self, qk, v, angles, slopes, positions, explicit, docs, cache, start, whole, ring):
+        """Any number of tokens, after those of the cache if there is one; in a ring its shard, and the cache is empty."""
         window = None if whole else self.window
         S = 0 if window is None else self.sinks
         S = self.sink_tokens if docs is not None else S  # a learned token is of no document: a sink to all of them
@@ -610,10 +636,11 @@ class Attention(nn.Module):
         parts = []
         for by in angles:
             y, k = self.attend(by, qk, v, slopes, positions, explicit, docs, past, sinks, start, first, window, S,
-                               cache is not None and cache.rotated)
+                               cache is not None and cache.rotated, ring)
             parts.append(y if self.sink_logit is not None else [y])
         if cache is not None:
-            cache.write(k if cache.rotated else qk[:, :, self.n_head:], v, start)
+            k = k if cache.rotated else qk[:, :, self.n_head:]
+            cache.write(*((k, v) if ring is None else (unshard_sequence(x, *ring) for x in (k, v))), start)
         y = parts[0]  # out (B, T, H, D), and with sink_logit lse (B, H, T)
         if len(parts) > 1 and angles[1].since is None:
             y = [torch.cat(x, dim) for x, dim in zip(zip(*parts), (1, 2))]
@@ -622,7 +649,7 @@ class Attention(nn.Module):
             y = [torch.where(mask, x[1], x[0]) for x, mask in zip(zip(*parts), (late[..., None, None], late[..., None, :]))]
         return y if self.sink_logit is not None else y[0]
 
-    def attend(self, by, qk, v, slopes, positions, explicit, docs, past, sinks, start, first, window, S, rotated):
+    def attend(self, by, qk, v, slopes, positions, explicit, docs, past, sinks, start, first, window, S, rotated, ring):
         """
         The rows of `by`, and the keys that they see, rotated by its angles -> what they attend to, and the call's keys.
         explicit: positions do not count up from `start`. past: keys and values of the cache, from position `first` on,
@@ -640,16 +667,19 @@ class Attention(nn.Module):
                               for x, at in ((past_k, first), (k_sink, 0)))
         keys, values = (torch.cat([old.to(new.dtype), new], 1) if old.shape[1] else new
                         for old, new in ((past_k, k), (past_v, v[:, :stop])))
-        sinks = None
+        sinks, places = None, dict(q_start=start + rows.start, k_start=first)
         if S:
-            k_sink, v_sink = (torch.cat([old.to(new.dtype), new[:, :max(0, S - start)]], 1)
-                              for old, new in ((k_sink, k), (v_sink, v[:, :stop])))
+            if ring is None:
+                k_sink, v_sink = (torch.cat([old.to(new.dtype), new[:, :max(0, S - start)]], 1)
+                                  for old, new in ((k_sink, k), (v_sink, v[:, :stop])))
+            else:
+                k_sink, v_sink = (broadcast_sinks(x, S, *ring) for x in (k, v))
             clip = by.turns is not None and window is not None
             sinks = by.rotate(qk[:, rows, :H], positions[..., rows].clamp(max=S + window - 1)) if clip else q, k_sink, v_sink
         q_docs, k_docs = (None, None) if docs is None else (docs[:, rows], docs[:, :stop])
-        y = attention(q, keys, values, scale=self.scale, window=window, sinks=sinks, alibi_slopes=slopes,
-                      q_docs=q_docs, k_docs=k_docs, q_start=start + rows.start, k_start=first,
-                      return_lse=self.sink_logit is not None, **self.xpos, **self.blocks)
+        call, places = (attention, places) if ring is None else (ring_attention, ring._asdict())
+        y = call(q, keys, values, scale=self.scale, window=window, sinks=sinks, alibi_slopes=slopes, q_docs=q_docs,
+                 k_docs=k_docs, return_lse=self.sink_logit is not None, **places, **self.xpos, **self.blocks)
         return y, k
 
     def decode(self, qk, v, turns, slopes, positions, state, cache, start):
@@ -676,8 +706,8 @@ class Attention(nn.Module):
         """The un-rotated queries and keys (B, T, heads, D) as the memory takes them."""
         return (x if w is None else rms_norm(x, w, self.eps) for x, w in ((q, self.memory_q), (k, self.memory_k)))
 
-    def infini(self, qk, v, turns, slopes, positions, docs, cache, start):
-        """Any number of tokens, after those of the cache if there is one."""
+    def infini(self, qk, v, turns, slopes, positions, docs, cache, start, ring):
+        """Any number of tokens, after those of the cache if there is one; in a ring its shard, of whole segments."""
         turned = qk if turns is None else rope(qk, positions, turns)
         (q, k), (q_rot, k_rot) = (x.split([self.n_head, self.n_kv_head], dim=2) for x in (qk, turned))
         keys, turned, values, memory = k, k_rot, v, None
@@ -689,8 +719,10 @@ class Attention(nn.Module):
         q, keys = self.memory_inputs(q, keys)
         y, memory = infini_attention(q, keys, values, self.beta, q_rot=q_rot, k_rot=turned, segment=self.segment,
                                      rule=self.rule, state=memory, docs=docs, scale=self.scale, alibi_slopes=slopes,
-                                     **self.xpos)
+                                     **self.xpos, **({} if ring is None else dict(group=ring.group)))
         if cache is not None:
+            if ring is not None:
+                memory = [from_last_rank(x.detach().clone(), ring.group) for x in memory]
             cache.write(k_rot if cache.rotated else k, v, start, memory)
         return y
 
@@ -736,17 +768,42 @@ class Block(nn.Module):
         self.norm_mlp = None if config.shared_norm else Norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, *args):
-        normed = self.norm_attn(x)
-        y = x + self.attn(normed, *args)
-        return y + self.mlp(normed if self.norm_mlp is None else self.norm_mlp(x if self.parallel else y))
+    def attend(self, x, *args):
+        return self.attn(self.norm_attn(x), *args)
+
+    def rest(self, x, y):
+        """What follows attention's y (B, T, H D), token by token."""
+        y = x + self.attn.wo(y)
+        return y + self.mlp(self.norm_attn(x) if self.norm_mlp is None else self.norm_mlp(x if self.parallel else y))
+
+    def forward(self, x, recompute, *args):
+        """
+        recompute: for the backward pass only x and what attention puts out are kept; attention, quadratic and in a ring
+        full of messages, never runs again, the rest does. Where nothing else is kept, the feed-forward runs over an eighth
+        of the tokens at a time: its 4 C per token are never there for all of them (Liu and Abbeel, arXiv 2305.19370).
+        """
+        if not recompute and torch.is_grad_enabled():
+            return self.rest(x, self.attend(x, *args))
+        run = functools.partial(checkpoint, use_reentrant=False) if recompute else lambda function, *args, **_: function(*args)
+        y = run(self.attend, x, *args, context_fn=_keep_attention)
+        n = max(1024, -(-x.shape[1] // 8))
+        return torch.cat([run(self.rest, *part) for part in zip(x.split(n, 1), y.split(n, 1))], 1)
+
+
+def _keep_attention():
+    """Contexts for checkpoint: what attention, memory and the ring's messages gave is kept."""
+    def policy(_, op, *args, **kwargs):
+        kept = "attention" in op.__name__ or op.namespace == "nanolong" and op._opname in ("memory_fwd", "first_tokens", "scan_ranks")
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 class GPT(nn.Module):
     """
     A decoder-only transformer. `compute_dtype` is the dtype of the activations (None: that of the weights), so that
     training holds float32 weights and computes in bfloat16; `activation_checkpointing` recomputes each block in the
-    backward pass.
+    backward pass, all but attention.
     """
 
     def __init__(self, config: GPTConfig):
@@ -754,6 +811,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.activation_checkpointing = False
+        self.ring: Ring | None = None
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         n = config.sink_tokens
         self.sink_embedding = nn.Parameter(torch.empty(n, config.n_embd)) if n else None
@@ -796,7 +854,18 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.attn.scale = scale
 
-    def angles(self, start: int | None, T: int, explicit: bool) -> dict[str, list[Angles]]:
+    def sequence_parallel(self, group):
+        """
+        From now on the ranks of the process group `group` share every sequence (None: no more). idx, targets (shifted
+        before), positions and docs are this rank's shards, kernels.ring.shard_sequence(x, *model.ring) of the whole; so are
+        hidden's activations, logits and losses. A loss by "sum" is that of this rank's targets; the gradients of the
+        parameters, summed over the ranks, are those of the sum. "mean" divides by this rank's targets alone.
+        """
+        if group is not None:
+            self.config.shard_multiple(group.size())
+        self.ring = None if group is None else Ring(group, self.config.layout)
+
+    def angles(self, start: int | None, T: int, explicit: bool, ring: Ring | None = None) -> dict[str, list[Angles]]:
         """
         For each kind of layer what the T rows from position `start` on rotate by, one after another. Where the frequencies
         depend on the length of the text, it is p + 1 for a query at position p, or the layer's span if that is less: every
@@ -812,7 +881,7 @@ class GPT(nn.Module):
         step = max(1, L // 8) if c.rope_type == "dynamic" else sys.maxsize
         for kind in c.layer_kinds:
             span = c.span(kind)
-            if span <= L:
+            if span <= L or ring is not None and T * ring.group.size() <= L:
                 made[kind] = [first]
             elif explicit:
                 made[kind] = [first, self._angles(rows, L + 1)._replace(since=L)]
@@ -857,16 +926,20 @@ class GPT(nn.Module):
         """(V, C), the embedding itself when tied."""
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
-    def hidden(self, idx, *, positions=None, docs=None, state=None):
-        """idx (B, T) int64 -> the final normed activations (B, T, C). See forward."""
-        self._check(idx, positions, docs, state)
+    def hidden(self, idx, *, positions=None, docs=None, state=None, alone=False):
+        """idx (B, T) int64 -> the final normed activations (B, T, C). See forward. alone: without the ring."""
+        ring, c = None if alone else self.ring, self.config
+        ranks = 1 if ring is None else ring.group.size()
+        self._check(idx, positions, docs, state, ring)
         start = 0 if state is None else state.position
-        x, c = self.wte(idx), self.config
+        x = self.wte(idx)
         n = c.sink_tokens if start == 0 else 0
         # a window that holds every token, where it counts them itself, is full attention
-        whole = positions is None and start == 0 and n + idx.shape[1] <= c.sinks + c.window
-        explicit = positions is not None
-        if positions is None:
+        whole = positions is None and start == 0 and n + ranks * idx.shape[1] <= c.sinks + c.window
+        explicit = positions is not None or ring is not None
+        if positions is None and ring is not None:
+            positions = shard_positions(idx.shape[1], *ring, idx.device)
+        elif positions is None:
             positions = torch.arange(start, start + idx.shape[1], device=idx.device)
             if docs is not None and (n or c.by_length):  # each document begins right after the learned tokens
                 if c.position in ("alibi", "xpos"):
@@ -878,12 +951,20 @@ class GPT(nn.Module):
             x = torch.cat([self.sink_embedding.to(x.dtype).expand(x.shape[0], n, -1), x], 1)
             positions = torch.cat([torch.arange(n, device=idx.device).expand(*positions.shape[:-1], n), positions + n], -1)
             docs = docs if docs is None else F.pad(docs, (n, 0))
-        x = self._blocks(x.to(self.compute_dtype or x.dtype), positions, docs, state, start, whole, explicit)
+        x = self._blocks(x.to(self.compute_dtype or x.dtype), positions, docs, state, start, whole, explicit, ring)
         if state is not None:  # not before every layer is done: a call that was cut short can be made again
-            state.advance(x.shape[1])
+            state.advance(ranks * x.shape[1])
         return x[:, n:]
 
-    def _check(self, idx, positions, docs, state):
+    def _check(self, idx, positions, docs, state, ring=None):
+        if ring is not None:
+            self.config.check_shards(ring.group.size() * idx.shape[1], ring.group.size())
+            if state is not None and state.position:
+                raise ValueError(f"a state at position {state.position} with {ring.group.size()} ranks per sequence: they can share "
+                                 "the beginning of a text only; to go on, alone=True, or sequence_parallel(None)")
+            if docs is not None and positions is None and self.config.by_length:
+                raise ValueError(f"docs with {ring.group.size()} ranks per sequence and rope_scaling {self.config.rope_scaling}: a "
+                                 "shard does not know where its documents begin; pass positions too")
         if state is not None and (positions is not None or docs is not None):
             raise ValueError("a state keeps its own positions and holds one document: pass state, or positions and docs, "
                              "not both")
@@ -903,7 +984,7 @@ class GPT(nn.Module):
             raise ValueError("the state was made with other rotary frequencies, before set_rope_scaling or a move of the model: "
                              f"make one by new_state({idx.shape[0]})")
 
-    def _blocks(self, x, positions, docs, state, start, whole=False, explicit=False):
+    def _blocks(self, x, positions, docs, state, start, whole=False, explicit=False, ring=None):
         """The blocks and the last norm. start may be None when one token is decoded from un-rotated rings."""
         slopes = None if self.slopes is None else self.slopes.view(torch.float32)
         if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
@@ -913,13 +994,10 @@ class GPT(nn.Module):
             state.in_segment.copy_(positions % c.segment)
             if "blockwise" in c.attention:
                 state.in_ring.copy_(positions % c.span("blockwise"))
-        angles = self.angles(start, x.shape[1], explicit)
+        angles = self.angles(start, x.shape[1], explicit, ring)
+        recompute = self.activation_checkpointing and state is None and torch.is_grad_enabled()
         for block in self.blocks:
-            args = x, angles, slopes, positions, explicit, docs, state, start, whole
-            if self.activation_checkpointing and state is None and torch.is_grad_enabled():
-                x = checkpoint(block, *args, use_reentrant=False)
-            else:
-                x = block(*args)
+            x = block(x, recompute, angles, slopes, positions, explicit, docs, state, start, whole, ring)
         return self.norm_f(x)
 
     def forward(self, idx, targets=None, *, positions=None, docs=None, state=None, reduction="mean"):
@@ -940,8 +1018,11 @@ class GPT(nn.Module):
 
     @property
     def by_segments(self) -> bool:
-        """Whether activation_checkpointing recomputes segments: where every layer is an infini layer; else blocks."""
-        return self.activation_checkpointing and set(self.config.layer_kinds) == {"infini"}
+        """
+        Whether activation_checkpointing recomputes segments: where every layer is an infini layer, on one rank, for ranks
+        that share a sequence would wait for each other's; else blocks.
+        """
+        return self.activation_checkpointing and set(self.config.layer_kinds) == {"infini"} and self.ring is None
 
     def _loss_by_segments(self, idx, targets, positions, docs, state, reduction):
         """
@@ -1018,8 +1099,14 @@ class GPT(nn.Module):
         if generator is None:
             generator = torch.Generator(prompt.device)
             generator.manual_seed(seed) if seed is not None else generator.seed()
+        if self.ring is not None and state.position == 0:  # the ranks share all that they can share but the last token
+            n = self.config.shard_multiple(self.ring.group.size())
+            n = (prompt.shape[1] - 1) // n * n
+            if n:
+                self.hidden(shard_sequence(prompt[:, :n], *self.ring), state=state)
+                prompt = prompt[:, n:]
         for chunk in prompt.split(1024, dim=1):  # bounds the activations of a long prompt
-            x = self.hidden(chunk, state=state)
+            x = self.hidden(chunk, state=state, alone=True)
         made = 0
         while max_new_tokens is None or made < max_new_tokens:
             logits = F.linear(x[:, -1], self.output_weight.to(x.dtype))[:, :vocab_size].float()
@@ -1032,7 +1119,7 @@ class GPT(nn.Module):
                 state.graphed = state.graphed or self._graphed(state)
                 x = state.graphed(token[:, None])
             else:
-                x = self.hidden(token[:, None], state=state)
+                x = self.hidden(token[:, None], state=state, alone=True)
 
     def can_graph(self, state: State) -> bool:
         """Whether a decoding step can be a CUDA graph: on a GPU, by the Triton kernels, with a state that never grows."""

@@ -34,6 +34,13 @@ from kernels.merge import merge_into
 LAYOUTS = ("contiguous", "striped", "zigzag")
 
 
+class Ring(NamedTuple):
+    """The ranks that share every sequence, and how."""
+
+    group: dist.ProcessGroup
+    layout: str
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # shards
 
@@ -153,6 +160,12 @@ def broadcast_sinks(x, n, group, layout="zigzag"):
     return _BroadcastSinks.apply(x, n, group, layout)
 
 
+def from_last_rank(x, group):
+    """The last rank's x, in place, on every rank. No gradient flows through it."""
+    dist.broadcast(x, group=group, group_src=group.size() - 1)
+    return x
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # who computes what, and when
 
@@ -180,7 +193,7 @@ class _Block(NamedTuple):
     ahead: int     # and a row that the kernel sees at a key's position is so many tokens ahead of it
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def _blocks(m: _Masks, rank: int, source: int) -> list[_Block]:
     """The blocks between the rows of `rank` and the keys of `source`; none where no pair sees one another."""
     everything, half = slice(0, m.c), m.c // 2
