@@ -1,5 +1,6 @@
 """
-What the kernel tests share: the error criterion, guard bands, poisoned outputs, a count of live tensor bytes.
+What the kernel tests share: the error criterion, guard bands, poisoned outputs, a count of live tensor bytes, processes that
+form a group.
 
     q, k = guarded(q), guarded(k)                     # copies inside NaN-filled buffers, same shapes and strides
     with poisoned_empty():                            # outputs start as NaN, between guard bands of their own
@@ -9,9 +10,18 @@ What the kernel tests share: the error criterion, guard bands, poisoned outputs,
 """
 
 import contextlib
+import datetime
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import wait
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -138,3 +148,61 @@ class LiveBytes(TorchDispatchMode):
                 self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.peak = max(self.peak, self.now)
         return out
+
+
+def _worker(rank, world, folder, environ, call, timeout, result):
+    """One rank of run_ranks. Sends (True, what the function returned) or (False, the traceback), pickled."""
+    os.environ.update(environ)
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
+                                timeout=datetime.timedelta(seconds=timeout))
+        function, args = pickle.loads(call)  # only now: what it imports reads the environment
+        torch.manual_seed(0)
+        reply = pickle.dumps((True, function(rank, world, *args)))
+        dist.barrier()
+        dist.destroy_process_group()
+    except Exception:
+        reply = pickle.dumps((False, traceback.format_exc()))
+    result.send_bytes(reply)
+
+
+def run_ranks(world: int, function, *args, timeout=120) -> list:
+    """
+    What function(rank, world, *args) returned on each rank of a gloo group of `world` processes, the default group there,
+    one thread each, with this process's environment. `function` is one of a module's; it, args and results are pickled.
+    RuntimeError with the traceback where one raised or died, or where they took more than `timeout` seconds: none is
+    left behind.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "triton"])  # imported once, not by each
+    call, workers, results = pickle.dumps((function, args)), [], [None] * world
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for rank in range(world):
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(daemon=True, target=_worker, args=(rank, world, folder, dict(os.environ), call,
+                                                                             timeout, sender))
+                process.start()
+                sender.close()  # then its end is seen here
+                workers.append((process, receiver))
+            end, open_ = time.monotonic() + timeout, {receiver: rank for rank, (_, receiver) in enumerate(workers)}
+            while open_:
+                ready = wait(list(open_), max(0, end - time.monotonic()))
+                if not ready:
+                    raise RuntimeError(f"rank(s) {list(open_.values())} of {world} did not finish in {timeout} s")
+                for receiver in ready:
+                    rank = open_.pop(receiver)
+                    try:
+                        fine, results[rank] = pickle.loads(receiver.recv_bytes())
+                    except EOFError:
+                        workers[rank][0].join(5)
+                        raise RuntimeError(f"rank {rank} of {world} died, exit code {workers[rank][0].exitcode}") from None
+                    if not fine:
+                        raise RuntimeError(f"rank {rank} of {world} failed:\n{results[rank]}")
+        finally:
+            for process, _ in workers:
+                process.join(0 if None in results else 5)
+                process.kill()
+                process.join()
+    return results
