@@ -22,16 +22,86 @@ No atomics: deterministic. Tokens move at D 64, in times: forward q, A_dot, out,
 (TILES), from L2 where they fit. States move too, D^2 floats per kv head and segment, several times: with segments much
 longer than D they are the smaller part. 16-bit inputs multiply in TF32: one side is always float32. A read whose weights
 sum to less than 1e-38 counts as one of an empty memory.
+
+Over the ranks of a sequence-parallel group, each with whole segments, a rank's part of the scan takes the memory x that it
+finds to A x + B, A the product of its I - P_s (z: of what is carried) and B what it comes to from nothing. All ranks find
+A and B at once; then only x goes from rank to rank, forwards and, as dM and dz, back: D (D + 1) floats per kv head, hop and
+direction, whatever the length. P needs z, so z goes first; in the backward pass dz needs dM. A last scan from x gives the
+memory before each segment.
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from kernels.attention import _strided, attention
 from kernels.backend import arch, dot_precision, register, tl, triton, use_triton
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # a smaller weight is that of an empty memory
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# across ranks
+
+def _staged(x, group):
+    """x where `group` can send it from: gloo carries CPU tensors only."""
+    return x.cpu() if dist.get_backend(group) == "gloo" else x
+
+
+def _transfer(A, x):
+    """A x for matrices A, or numbers (..., 1)."""
+    return A * x if A.shape[-1] == 1 else A @ x
+
+
+def _scan_ranks(B, A, own, group, reverse):
+    """
+    x = own + what the rank before this one sent, and A x + B goes on to the next -> x; reverse: from the last rank down. x,
+    own, B (B, G, D, D) or (B, G, D); A (B, G, D, D), or one number per entry, with x's number of dimensions.
+    """
+    group = _resolve_process_group(group)
+    rank, x = group.rank(), own.clone(memory_format=torch.contiguous_format)
+    source, target = (rank + 1, rank - 1) if reverse else (rank - 1, rank + 1)
+    if 0 <= source < group.size():
+        came = torch.empty_like(_staged(x, group))
+        dist.recv(came, group=group, group_src=source)
+        x += came.to(x.device)
+    if 0 <= target < group.size():
+        out = (_transfer(A.double(), x.double()) + B).to(x.dtype)  # small: one process's float32 has no TF32 here either
+        dist.send(_staged(out.contiguous(), group), group=group, group_dst=target)
+    return x
+
+
+def _document_before(docs, group):
+    """The id (B, 1) of the last token before this rank's docs (B, Tk); on the first rank that of the first token."""
+    group = _resolve_process_group(group)
+    last = _staged(docs[:, -1:].contiguous(), group)
+    of_rank = [torch.empty_like(last) for _ in range(group.size())]
+    dist.all_gather(of_rank, last, group=group)
+    return of_rank[group.rank() - 1].to(docs.device) if group.rank() else docs[:, :1].contiguous().clone()
+
+
+register("scan_ranks", "(Tensor B, Tensor A, Tensor own, str group, bool reverse) -> Tensor", _scan_ranks,
+         lambda B, A, own, *_: own.new_empty(own.shape))
+register("document_before", "(Tensor docs, str group) -> Tensor", _document_before,
+         lambda docs, _: docs.new_empty(docs.shape[0], 1))
+
+
+class _ScanRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, B, A, own, group):
+        x = torch.ops.nanolong.scan_ranks(B, A, own, group, False)
+        ctx.save_for_backward(A, x)
+        ctx.group = group
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx):
+        A, x = ctx.saved_tensors
+        dB = torch.ops.nanolong.scan_ranks(dx, A.mT, torch.zeros_like(dx), ctx.group, True)  # the next rank's whole dx
+        return dB, dB @ x.mT if ctx.needs_input_grad[1] else None, dx + _transfer(A.mT, dB), None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -41,19 +111,19 @@ def _sigma(x):
     return x.clamp(max=0).exp() + F.relu(x)  # at 0 the gradient is 1, once
 
 
-def _retrieve(s, M, z):
-    """s (..., n, D), M (..., D, D), z (..., D) -> s M / (s . z), 0 where z is 0."""
+def _weight(s, z):
+    """s (..., n, D), z (..., D) -> s . z (..., n, 1), what a read is divided by: inf where the memory is empty."""
     weight = s @ z[..., None]
-    empty = weight < torch.finfo(torch.float32).tiny
-    return (s @ M / weight.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
+    return weight.masked_fill(weight < torch.finfo(torch.float32).tiny, torch.inf)
 
 
 def _ownership(docs, segment):
     """
-    docs (B, Tk) -> whose memory it is, as bools: carry (B, S), whole segment s ends in the document of the memory it
-    found; writes (B, S N), the token is of the document its segment ends in; reads (B, Tk), of the memory's document.
+    docs (B, 1 + Tk), the first that of the memory before the first token -> whose memory it is, as bools: carry (B, S),
+    whole segment s ends in the document of the memory it found; writes (B, S N), the token is of the document its segment
+    ends in; reads (B, Tk), of the memory's document.
     """
-    owner = torch.cat([docs[:, :1], docs[:, segment - 1::segment]], 1)  # of the memory before each segment, and at the end
+    owner, docs = docs[:, ::segment], docs[:, 1:]  # of the memory before each segment, and at the end
     of_token = torch.arange(docs.shape[1], device=docs.device) // segment
     whole = of_token[:docs.shape[1] // segment * segment]
     return owner[:, 1:] == owner[:, :-1], docs[:, :len(whole)] == owner[:, whole + 1], docs == owner[:, of_token]
@@ -76,35 +146,52 @@ def _read_ref(q, Ms, zs, Tk, segment):
         before, behind, rows = 0, 0, Tq
     sq = _sigma(_segments(F.pad(q, (0, 0, 0, 0, before, behind)), rows, G))
     states = slice(first, first + len(sq))
-    read = _retrieve(sq, torch.stack(Ms[states]), torch.stack(zs[states]))
+    read = sq @ torch.stack(Ms[states]) / _weight(sq, torch.stack(zs[states]))
     read = read.view(len(sq), B, G, H // G, rows, D).permute(1, 0, 4, 2, 3, 5).reshape(B, len(sq) * rows, H, D)
     return read[:, before:before + Tq]
 
 
-def _memory_ref(q, k, v, local, beta, M, z, docs, segment, delta):
+def _scan_ref(sums, P, start, carry, group=None):
+    """
+    The states start, x_1, .., x_S: x_(s+1) = carry_s (I - P_s) x_s + sums_s. sums (S, B, G, D, D) or (S, B, G, D); P None is
+    0, carry (S, B, 1, ..) None 1. With a group the first rank's start counts, the others go on from the rank before.
+    """
+    if group is not None:
+        if P is None:
+            A = start.new_ones(start.dim() * (1,)) if carry is None else carry.prod(0)
+            B = _scan_ref(sums, None, torch.zeros_like(start), carry)[-1]
+        else:
+            D = start.shape[-1]
+            eye = torch.eye(D, 2 * D, dtype=start.dtype, device=start.device).expand(*start.shape[:-1], 2 * D)
+            A, B = _scan_ref(F.pad(sums, (D, 0)), P, eye, carry)[-1].split(D, -1)
+        start = _ScanRanks.apply(B, A, start, group)
+    states = [start]
+    for s, (u, p) in enumerate(zip(sums.unbind(), len(sums) * [None] if P is None else P.unbind())):
+        x = states[-1] if carry is None else states[-1] * carry[s]
+        states.append(x + u if p is None else x - p @ x + u)
+    return states
+
+
+def _memory_ref(q, k, v, local, beta, M, z, docs, segment, delta, group=None):
     """The meaning of the memory: q, k un-rotated, local = A_dot -> (out, M, z). A loop over segments, nothing Tq x Tk."""
     (B, Tq, H, D), (_, Tk, G, _), acc = q.shape, k.shape, M.dtype
-    S = Tk // segment
+    S, carry, P = Tk // segment, None, None
     sk, vs = (_segments(x[:, :S * segment].to(acc), segment, G) for x in (k, v))
     sk = skw = _sigma(sk)
     if docs is not None:
         carry, writes, reads = _ownership(docs, segment)
         carry = carry.T[:, :, None, None].to(acc)
         skw = sk * _segments(writes[..., None, None].to(acc), segment, 1)
-    Ms, zs = [M], [z]
-    for s_k, s_w, dM, dz in zip(sk.unbind(), skw.unbind(), (skw.mT @ vs).unbind(), skw.sum(-2).unbind()):
-        if docs is not None:
-            M, z = M * carry[len(Ms) - 1, ..., None], z * carry[len(Ms) - 1]
-        if delta:
-            dM = dM - s_w.mT @ _retrieve(s_k, M, z)
-        M, z = M + dM, z + dz
-        Ms.append(M)
-        zs.append(z)
+    zs = _scan_ref(skw.sum(-2), None, z, carry, group)
+    if delta and S:
+        found = torch.stack(zs[:-1])
+        P = skw.mT @ (sk / _weight(sk, found if carry is None else found * carry))
+    Ms = _scan_ref(skw.mT @ vs, P, M, None if carry is None else carry[..., None], group)
     read = _read_ref(q.to(acc), Ms, zs, Tk, segment)
     if docs is not None:
         read = read * reads[:, Tk - Tq:, None, None]
     gate = beta.to(acc).sigmoid()[:, None]
-    return (gate * read + (1 - gate) * local.to(acc)).to(q.dtype), M, z
+    return (gate * read + (1 - gate) * local.to(acc)).to(q.dtype), Ms[-1], zs[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -427,9 +514,23 @@ def _projections(k, zs, writes, segment):
     return P
 
 
-def _scan(x, P, carry, dtype, reverse=False):
-    """In place over the slots of x (B, G, S + 1, D, D), or (B, G, S + 1, D) without P."""
+def _scan(x, P, carry, dtype, group=None, reverse=False):
+    """
+    In place over the slots of x (B, G, S + 1, D, D), or (B, G, S + 1, D) without P. With a group the slot where the scan
+    starts becomes the sum of what it is and of where the rank before (reverse: after) ends.
+    """
     (B, G, slots, D), cols = x.shape[:4], x.stride(3)
+    if group is not None:
+        start, end = (-1, 0) if reverse else (0, -1)
+        local = x.clone() if P is None else F.pad(x, (D, 0))  # [A | B]
+        local[:, :, start] = 0 if P is None else torch.eye(D, 2 * D, dtype=x.dtype, device=x.device)
+        _scan(local, P, carry, dtype, reverse=reverse)
+        if P is None:
+            A = x.new_ones(1) if carry is None else carry.prod(1)
+            A, b = A.view(-1, *(x.dim() - 2) * (1,)), local[:, :, end]
+        else:
+            A, b = local[:, :, end].split(D, -1)
+        x[:, :, start] = _scan_ranks(b, A, x[:, :, start], group, reverse)
     options = _options("scan", x, dtype) | ({} if x.dim() == 5 else dict(BLOCK_V=1))
     if B * G * (slots - 1):
         _scan_kernel[(B * G * triton.cdiv(cols, options["BLOCK_V"]),)](
@@ -450,7 +551,7 @@ def _flags(docs, segment, dtype):
     return carry, writes[:, None], reads
 
 
-def _memory_fwd(q, k, v, local, beta, M, z, docs, segment, delta):
+def _memory_fwd(q, k, v, local, beta, M, z, docs, segment, delta, group):
     """-> out, and the memory before each whole segment and after the last: M (B, G, S + 1, D, D), z (B, G, S + 1, D)."""
     (B, Tq, H, D), (_, Tk, G, _) = q.shape, k.shape
     q, k, v, local, beta = _strided(q), _strided(k), _strided(v), local.contiguous(), beta.contiguous()
@@ -461,8 +562,8 @@ def _memory_fwd(q, k, v, local, beta, M, z, docs, segment, delta):
     Ms[:, :, 0], zs[:, :, 0] = M, z
     carry, writes, reads = _flags(docs, segment, M.dtype)
     _outer(k[:, :whole], v[:, :whole], Ms, zs, segment, 0, 1, w=writes)
-    _scan(zs, None, carry, q.dtype)
-    _scan(Ms, _projections(k[:, :whole], zs, writes, segment) if delta else None, carry, q.dtype)
+    _scan(zs, None, carry, q.dtype, group)
+    _scan(Ms, _projections(k[:, :whole], zs, writes, segment) if delta else None, carry, q.dtype, group)
     options = _options("rows", q)
     first, per_segment, segments = _grid(Tq, Tk, segment, options["BLOCK_M"])
     if q.numel():
@@ -483,7 +584,7 @@ def _memory_read(q, local, beta, M, z):
     return out
 
 
-def _memory_bwd(dout, dM, dz, q, k, v, local, beta, Ms, zs, docs, segment, delta):
+def _memory_bwd(dout, dM, dz, q, k, v, local, beta, Ms, zs, docs, segment, delta, group):
     """-> [dq, dk, dv, dlocal, dbeta, dM, dz], the last two of the state before the first key."""
     (B, Tq, H, D), (_, Tk, G, _) = q.shape, k.shape
     q, k, v, dout, local, beta = *(_strided(x) for x in (q, k, v, dout)), local.contiguous(), beta.contiguous()
@@ -503,7 +604,7 @@ def _memory_bwd(dout, dM, dz, q, k, v, local, beta, Ms, zs, docs, segment, delta
     dMs[:, :, -1] += dM
     dzs[:, :, -1] += dz
     k_whole, F_, inverse, rho = k[:, :whole], None, None, None
-    _scan(dMs, _projections(k_whole, zs, writes, segment) if delta else None, carry, q.dtype, reverse=True)
+    _scan(dMs, _projections(k_whole, zs, writes, segment) if delta else None, carry, q.dtype, group, reverse=True)
     if delta:
         with torch.autocast(q.device.type, enabled=False):  # by slots, as views: those where a head ends are not read
             F_ = dMs.flatten(0, 2)[1:] @ Ms.flatten(0, 2)[:-1].mT
@@ -517,7 +618,7 @@ def _memory_bwd(dout, dM, dz, q, k, v, local, beta, Ms, zs, docs, segment, delta
                 k, zs, F_, writes, carry, inverse, rho, parts, whole, segment, per_segment, S, *k.stride()[:3], G=G,
                 **options)
         dzs[:, :, :-1] += parts.sum(3)
-    _scan(dzs, None, carry, q.dtype, reverse=True)
+    _scan(dzs, None, carry, q.dtype, group, reverse=True)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     dk[:, whole:], dv[:, whole:] = 0, 0
     options = _options("rows", k)
@@ -534,12 +635,12 @@ def _memory_bwd(dout, dM, dz, q, k, v, local, beta, Ms, zs, docs, segment, delta
 
 register("memory_fwd",
          "(Tensor q, Tensor k, Tensor v, Tensor local, Tensor beta, Tensor M, Tensor z, Tensor? docs, SymInt segment, "
-         "bool delta) -> (Tensor, Tensor, Tensor)", _memory_fwd,
-         lambda q, k, v, local, beta, M, z, docs, segment, delta: (
+         "bool delta, str? group) -> (Tensor, Tensor, Tensor)", _memory_fwd,
+         lambda q, k, v, local, beta, M, z, docs, segment, *_: (
              q.new_empty(q.shape), *(x.new_empty(*x.shape[:2], k.shape[1] // segment + 1, *x.shape[2:]) for x in (M, z))))
 register("memory_bwd",
          "(Tensor dout, Tensor dM, Tensor dz, Tensor q, Tensor k, Tensor v, Tensor local, Tensor beta, Tensor Ms, "
-         "Tensor zs, Tensor? docs, SymInt segment, bool delta) -> Tensor[]", _memory_bwd,
+         "Tensor zs, Tensor? docs, SymInt segment, bool delta, str? group) -> Tensor[]", _memory_bwd,
          lambda dout, dM, dz, q, k, v, local, beta, *_: [x.new_empty(x.shape) for x in (q, k, v, q, beta, dM, dz)])
 
 
@@ -549,23 +650,23 @@ register("memory_read", "(Tensor q, Tensor local, Tensor beta, Tensor M, Tensor 
 
 class _Memory(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, local, beta, M, z, docs, segment, delta):
-        out, Ms, zs = torch.ops.nanolong.memory_fwd(q, k, v, local, beta, M, z, docs, segment, delta)
+    def forward(ctx, q, k, v, local, beta, M, z, docs, segment, delta, group):
+        out, Ms, zs = torch.ops.nanolong.memory_fwd(q, k, v, local, beta, M, z, docs, segment, delta, group)
         ctx.save_for_backward(q, k, v, local, beta, Ms, zs, docs)
-        ctx.options = segment, delta
+        ctx.options = segment, delta, group
         return out, Ms[:, :, -1].clone(), zs[:, :, -1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dM, dz):
         grads = torch.ops.nanolong.memory_bwd(dout, dM, dz, *ctx.saved_tensors, *ctx.options)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # public function
 
-def _validate(q, k, v, beta, q_rot, k_rot, segment, rule, state, docs):
+def _validate(q, k, v, beta, q_rot, k_rot, segment, rule, state, docs, group):
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"infini_attention: q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
                          "q must be (B, Tq, H, D), k and v (B, Tk, G, D)")
@@ -593,10 +694,15 @@ def _validate(q, k, v, beta, q_rot, k_rot, segment, rule, state, docs):
                          f"M {(B, G, D, D)} and z {(B, G, D)}")
     if docs is not None and (docs.shape != (B, Tk) or docs.is_floating_point()):
         raise ValueError(f"infini_attention: docs are {docs.dtype} {tuple(docs.shape)}, they must be integers {(B, Tk)}")
+    if group is not None and Tq != Tk:
+        raise ValueError(f"infini_attention: {Tq} queries and {Tk} keys: a rank of a group holds the same tokens of both")
+    if group is not None and Tk % segment:
+        raise ValueError(f"infini_attention: the {Tk} tokens of each of {group.size()} ranks are not whole segments of "
+                         f"{segment}: give each {Tk // segment * segment or segment}, or choose a segment that divides {Tk}")
 
 
 def infini_attention(q, k, v, beta, *, q_rot, k_rot, segment, rule="delta", state=None, docs=None, scale=None,
-                     alibi_slopes=None, xpos=None):
+                     alibi_slopes=None, xpos=None, group=None):
     """
     Attention inside segments and a compressive memory of the segments before, mixed by a learned gate -> (out like q,
     (M, z)). Infini-attention, Munkhdalai et al., arXiv 2404.07143.
@@ -616,21 +722,30 @@ def infini_attention(q, k, v, beta, *, q_rot, k_rot, segment, rule="delta", stat
     each the memory is that of the document of its last token. An incoming state is that of the first key's document: pass an
     empty one where a document begins with the call.
 
+    group: a process group whose ranks hold the sequence in order, each the same number of whole segments: q, k, v, docs are
+    this rank's tokens, Tq = Tk, and so is out, as if one process had them all. Every rank must call it, and its backward
+    pass. Only the first rank's `state` counts, other ranks' is not read and has no gradient. Returned: the memory after this
+    rank's last segment, on the last rank the sequence's.
+
     Differentiable once in q, k, v, q_rot, k_rot, beta and the state, also through the returned one. ValueError on sizes
     that do not fit.
     """
-    _validate(q, k, v, beta, q_rot, k_rot, segment, rule, state, docs)
+    _validate(q, k, v, beta, q_rot, k_rot, segment, rule, state, docs, group)
     (B, Tq, H, D), (_, Tk, G, _), acc = q.shape, k.shape, torch.promote_types(q.dtype, torch.float32)
+    state = state if group is None or group.rank() == 0 else None
+    group = None if group is None or group.size() == 1 else group.group_name
     M, z = (x.to(acc) for x in state) if state is not None else (q.new_zeros(B, G, *n, dtype=acc) for n in ((D, D), (D,)))
     docs = docs if Tk else None
     q_docs = k_docs = None
     if docs is not None:
         q_docs, k_docs = docs[:, Tk - Tq:], docs
+        before = docs[:, :1] if group is None else torch.ops.nanolong.document_before(docs, group)
+        docs = torch.cat([before, docs], 1)
     local = attention(q_rot, k_rot, v, segment=segment, q_start=Tk - Tq, scale=scale, alibi_slopes=alibi_slopes, xpos=xpos,
                       q_docs=q_docs, k_docs=k_docs)
     memory = _Memory.apply if use_triton(q) else _memory_ref
     with torch.autocast(q.device.type, enabled=False):  # the state is float32 there too
-        out, M, z = memory(q, k, v, local, beta, M, z, docs, segment, rule == "delta")
+        out, M, z = memory(q, k, v, local, beta, M, z, docs, segment, rule == "delta", group)
     return out, (M, z)
 
 

@@ -195,9 +195,9 @@ def test_random_draws(seed, backend):
 
 def test_gradcheck(triton_kernels):
     """The memory's kernels against finite differences, in float64: every input, every output, both rules."""
-    for delta, docs in ((True, torch.tensor([[0] * 6 + [1] * 4])), (False, None)):
+    for delta, docs in ((True, torch.tensor([[0] * 7 + [1] * 4])), (False, None)):
         q, k, v, local, _, beta, M, z = (x.requires_grad_() for x in tensors(1, 8, 10, 2, 1, 3))
-        assert torch.autograd.gradcheck(lambda *x: _Memory.apply(*x, docs, 4, delta), (q, k, v, local, beta, M, z),
+        assert torch.autograd.gradcheck(lambda *x: _Memory.apply(*x, docs, 4, delta, None), (q, k, v, local, beta, M, z),
                                         fast_mode=True, check_undefined_grad=False)
 
 
@@ -394,8 +394,9 @@ def test_compiles_whole(backend):
 def test_operators(triton_kernels):
     """Schemas, fake implementations and tracing, as PyTorch checks them."""
     q, k, v, local, _, beta, M, z = (x.float() for x in tensors(1, 9, 9, 2, 1, 8))
-    for delta, docs in ((True, None), (False, torch.tensor([[0] * 6 + [1] * 3]))):
-        inputs = q, k, v, local, beta, M, z, docs, 4, delta
+    for delta, docs in ((True, None), (False, torch.tensor([[0] * 7 + [1] * 3]))):
+        inputs = q, k, v, local, beta, M, z, docs, 4, delta, None
         torch.library.opcheck(torch.ops.nanolong.memory_fwd.default, inputs)
         out, Ms, zs = torch.ops.nanolong.memory_fwd(*inputs)
-        torch.library.opcheck(torch.ops.nanolong.memory_bwd.default, (q, M, z, q, k, v, local, beta, Ms, zs, docs, 4, delta))
+        torch.library.opcheck(torch.ops.nanolong.memory_bwd.default,
+                              (q, M, z, q, k, v, local, beta, Ms, zs, docs, 4, delta, None))
