@@ -719,7 +719,7 @@ class Attention(nn.Module):
         q, keys = self.memory_inputs(q, keys)
         y, memory = infini_attention(q, keys, values, self.beta, q_rot=q_rot, k_rot=turned, segment=self.segment,
                                      rule=self.rule, state=memory, docs=docs, scale=self.scale, alibi_slopes=slopes,
-                                     **self.xpos, **({} if ring is None else dict(group=ring.group)))
+                                     group=ring and ring.group, **self.xpos)
         if cache is not None:
             if ring is not None:
                 memory = [from_last_rank(x.detach().clone(), ring.group) for x in memory]
@@ -791,9 +791,9 @@ class Block(nn.Module):
 
 
 def _keep_attention():
-    """Contexts for checkpoint: what attention, memory and the ring's messages gave is kept."""
+    """Contexts for checkpoint: what attention, the memory and messages gave is kept."""
     def policy(_, op, *args, **kwargs):
-        kept = "attention" in op.__name__ or op.namespace == "nanolong" and op._opname in ("memory_fwd", "first_tokens", "scan_ranks")
+        kept = any(name in str(op) for name in ("attention", "memory", "first_tokens", "scan_ranks", "document_before"))
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)

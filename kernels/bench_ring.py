@@ -1,0 +1,243 @@
+"""
+Ring attention measured: who computes how much, what is sent, what the merges cost, what a rank holds.
+
+    python -m kernels.bench_ring                          all of it, on this machine
+    python -m kernels.bench_ring --memory-ranks 1 2 4     fewer processes; none: leaves the memory out
+
+Load: the scores that each rank computes at each hop, counted block by block. A hop takes as long as its slowest rank.
+Overhead: one process in the place of P ranks computes all their blocks and merges, without messages, against the plain
+kernel over the whole sequence. Overlap: from the time of one block, the bandwidth at which its exchange takes as long.
+Memory: training steps of a small model (--memory-ranks processes over gloo, CPU), the tokens per rank constant: the
+peak of each process beyond what it held before its first step. Writes config/ring_memory.json and .png.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from kernels.attention import attention
+from kernels.bench import median_ms
+from kernels.ring import (LAYOUTS, _backward_hop, _blocks, _call, _forward_hop, _hops, _Masks, _pieces, shard_sequence)
+
+OUT = Path(__file__).resolve().parent.parent / "config" / "ring_memory.json"
+
+
+@dataclasses.dataclass
+class Options:
+    ranks: tuple[int, ...] = (2, 4, 8)  # of which load and overhead are told
+    tokens: int | None = None  # of the sequence, for the overhead (default: 65536 on a GPU, 4096 without)
+    head_dim: int = 128  # of 8 query heads and 8 kv heads, for the overhead
+    memory_ranks: tuple[int, ...] = (1, 2, 4, 8)  # processes whose memory is measured
+    memory_tokens: int = 2048  # tokens that each of them holds
+
+
+def causal_load(P: int, c: int, layout: str) -> torch.Tensor:
+    """How many scores each rank computes at each hop of causal attention over P c tokens: (P, hops) int64."""
+    masks = _Masks(P, c, layout, True, None, None, 0, 0, False)
+    load = torch.zeros(P, len(_hops(masks)), dtype=torch.int64)
+    for rank in range(P):
+        for i, hop in enumerate(_hops(masks)):
+            for block in _blocks(masks, rank, (rank - hop) % P):
+                ahead = block.options["q_start"] - block.options["k_start"]
+                rows = torch.arange(block.rows.stop - block.rows.start)
+                load[rank, i] += (rows + ahead + 1).clamp(0, block.keys.stop - block.keys.start).sum()
+    return load
+
+
+class Emulated:
+    """P ranks of a causal ring in one process, without messages: q (B, T, H, D), k, v (B, T, G, D), and dout like q."""
+
+    def __init__(self, q, k, v, dout, P, layout):
+        self.P, c = P, q.shape[1] // P
+        self.rows = [torch.cat([x.start + x.step * torch.arange(x.n, device=q.device) for x in _pieces(rank, P, c, layout)])
+                     for rank in range(P)]
+        self.calls = [_call(q[:, rows], None, None, None, None, None, rank, P, layout, q.shape[3]**-0.5, True, None, None, 0, None)
+                      for rank, rows in enumerate(self.rows)]
+        self.kv = [torch.stack([k[:, rows], v[:, rows]]) for rows in self.rows]
+        self.dout = [dout[:, rows] for rows in self.rows]
+        self.acc = torch.promote_types(q.dtype, torch.float32)
+
+    def forward(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each rank's out and lse."""
+        results = []
+        for call in self.calls:
+            B, c, H, D = call.q.shape
+            out = torch.zeros(B, c, H, D, dtype=self.acc, device=call.q.device)
+            lse = torch.full((B, H, c), -torch.inf, dtype=self.acc, device=call.q.device)
+            for hop in _hops(call.masks):
+                _forward_hop(call, out, lse, self.kv[call.rank - hop], None, (call.rank - hop) % self.P)
+            results.append((out.to(call.q.dtype), lse))
+        return results
+
+    def backward(self, results) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Each rank's dq, and dk, dv of its shard."""
+        dqs = [torch.zeros(call.q.shape, dtype=self.acc, device=call.q.device) for call in self.calls]
+        dkvs = [torch.zeros(kv.shape, dtype=self.acc, device=kv.device) for kv in self.kv]
+        for call, dq, dout, (out, lse) in zip(self.calls, dqs, self.dout, results):
+            for hop in _hops(call.masks):
+                source = (call.rank - hop) % self.P
+                dkvs[source] += _backward_hop(call, dout, None, out, lse, dq, self.kv[source], None, source)
+        return dqs, dkvs
+
+
+def emulated_ring(q, k, v, P, layout, dout):
+    """-> out, (dq, dk, dv) of P ranks' causal ring, gathered, in float32 (float64 for float64)."""
+    with torch.no_grad():
+        ring = Emulated(q, k, v, dout, P, layout)
+        results = ring.forward()
+        dqs, dkvs = ring.backward(results)
+        order = torch.cat(ring.rows).argsort()
+        gathered = [torch.cat([part.to(ring.acc) for part in parts], 1)[:, order] for parts in
+                    ([out for out, _ in results], dqs, [dkv[0] for dkv in dkvs], [dkv[1] for dkv in dkvs])]
+    return gathered[0], gathered[1:]
+
+
+def print_load(ranks: tuple[int, ...]):
+    print("causal load: scores per rank and hop, in units of a shard's square; efficiency = mean over ranks / sum of slowest")
+    for P in ranks:
+        for layout in LAYOUTS:
+            load = causal_load(P, 1024, layout)
+            efficiency = load.sum().item() / P / load.amax(0).sum().item()
+            print(f"{P} ranks, {layout}: efficiency {efficiency:.2f}")
+            if P == 4:
+                for rank, row in enumerate(load):
+                    print(f"    rank {rank}: " + " ".join(f"{x / 1024**2:.2f}" for x in row.tolist()))
+
+
+def print_overhead(opt: Options, device: str) -> list[dict]:
+    T, dtype = opt.tokens or (65536 if device == "cuda" else 4096), torch.bfloat16 if device == "cuda" else torch.float32
+    q, k, v, dout = (torch.randn(1, T, 8, opt.head_dim, device=device, dtype=dtype) for _ in range(4))
+    leaves, rows = [x.clone().requires_grad_() for x in (q, k, v)], []
+    out = attention(*leaves, return_lse=True)[0]  # the same path as a block's, on the CPU too
+    with torch.no_grad():
+        forward = median_ms(lambda: attention(q, k, v, return_lse=True), device)
+    backward = median_ms(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True), device)
+    print(f"\noverhead: {T} tokens, 8 heads of {opt.head_dim}, {str(dtype)[6:]}: plain kernel {forward:.1f} ms forward, "
+          f"{backward:.1f} ms backward")
+    for P in opt.ranks:
+        for layout in LAYOUTS:
+            with torch.no_grad():
+                ring = Emulated(q, k, v, dout, P, layout)
+                results = ring.forward()
+                ms = median_ms(ring.forward, device), median_ms(lambda: ring.backward(results), device)
+            rows.append(dict(ranks=P, layout=layout, tokens=T, forward_ms=ms[0], backward_ms=ms[1], plain_forward_ms=forward,
+                             plain_backward_ms=backward))
+            print(f"{P} ranks, {layout}: forward {ms[0]:.1f} ms ({ms[0] / forward - 1:+.1%}), backward {ms[1]:.1f} ms "
+                  f"({ms[1] / backward - 1:+.1%})")
+    return rows
+
+
+def print_overlap(opt: Options, device: str) -> list[dict]:
+    """For shards of c tokens, from measured blocks, zigzag: half of all scores of a square at every hop."""
+    dtype, rows = torch.bfloat16 if device == "cuda" else torch.float32, []
+    print("\noverlap: one hop of zigzag, 8 query and 8 kv heads; the exchange is hidden from so many GB/s on")
+    for c in (2048, 8192, 32768) if device == "cuda" else (512, 1024, 2048):
+        q, k, v, dout = (torch.randn(1, c, 8, opt.head_dim, device=device, dtype=dtype) for _ in range(4))
+        call = _call(q, None, None, None, None, None, 1, 2, "zigzag", opt.head_dim**-0.5, True, None, None, 0, None)
+        kv, acc = torch.stack([k, v]), torch.float32
+        out, lse, dq = (torch.zeros_like(q, dtype=acc), torch.full((1, 8, c), -torch.inf, device=device),
+                        torch.zeros_like(q, dtype=acc))
+        with torch.no_grad():
+            forward = median_ms(lambda: _forward_hop(call, out, lse, kv, None, 0), device)
+            backward = median_ms(lambda: _backward_hop(call, dout, None, out, lse, dq, kv, None, 0), device)
+        need = [kv.nbytes / forward / 1e6, (kv.nbytes + 2 * k.numel() * 4) / backward / 1e6]
+        rows.append(dict(tokens_per_rank=c, forward_ms=forward, backward_ms=backward, forward_gbps=need[0], backward_gbps=need[1]))
+        print(f"{c} tokens per rank: forward {forward:.2f} ms, {need[0]:.1f} GB/s; backward {backward:.2f} ms, {need[1]:.1f} GB/s")
+    return rows
+
+
+def peak_memory(rank: int, P: int, folder: str, c: int, result):
+    """In a process of its own: the peak, in bytes, of a model's second training step beyond what there was before the first."""
+    from model import GPT, GPTConfig
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=P,
+                            timeout=datetime.timedelta(minutes=10))
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=256, block_size=P * c))
+    model.sequence_parallel(dist.group.WORLD)
+    model.activation_checkpointing = True
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    idx = shard_sequence(torch.randint(256, (1, P * c)), *model.ring)
+    before = status("VmRSS")
+    for _ in range(2):
+        model(idx, idx, reduction="sum")[1].backward()
+        for p in model.parameters():
+            dist.all_reduce(p.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    result.send(status("VmHWM") - before)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def status(field: str) -> int:
+    """Bytes, from /proc/self/status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def measure_memory(opt: Options) -> list[dict]:
+    print(f"\nmemory: 4 layers of 256, {opt.memory_tokens} tokens per rank, recomputation, float32, gloo: beyond the weights")
+    rows, context = [], multiprocessing.get_context("spawn")
+    for P in opt.memory_ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            pipes = [context.Pipe(duplex=False) for _ in range(P)]
+            workers = [context.Process(target=peak_memory, args=(rank, P, folder, opt.memory_tokens, pipe[1]))
+                       for rank, pipe in enumerate(pipes)]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+            if any(worker.exitcode for worker in workers):
+                sys.exit(f"kernels.bench_ring: a process of {P} ended with an error, see above")
+            peaks = [pipe[0].recv() for pipe in pipes]
+        rows.append(dict(ranks=P, tokens=P * opt.memory_tokens, peak_bytes=peaks))
+        print(f"{P} ranks, {P * opt.memory_tokens} tokens: {min(peaks) / 2**20:.0f} to {max(peaks) / 2**20:.0f} MiB per rank")
+    return rows
+
+
+def draw(rows: list[dict], path: Path):
+    from matplotlib.figure import Figure
+    axes = (figure := Figure(figsize=(7, 4), dpi=120)).subplots()
+    tokens = [row["tokens"] for row in rows]
+    axes.plot(tokens, [max(row["peak_bytes"]) / 2**20 for row in rows], "o-", label="the rank with the most")
+    axes.plot(tokens, [rows[0]["peak_bytes"][0] / 2**20 * n / tokens[0] for n in tokens], "--", color="grey",
+              label="one rank's, were it to grow with the tokens")
+    axes.set(xlabel="tokens of the sequence, as many per rank on each of 1, 2, ... ranks", xscale="log", yscale="log",
+             ylabel="peak memory of a training step, MiB per rank", xticks=tokens,
+             xticklabels=[f"{row['tokens']}\n{row['ranks']} rank{'s' * (row['ranks'] > 1)}" for row in rows])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, bbox_inches="tight")
+
+
+def main(opt: Options):
+    """Load, overhead, overlap and memory of ring attention, on this machine."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print_load(opt.ranks)
+    result = dict(machine=torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores",
+                  torch=torch.__version__, options=dataclasses.asdict(opt))
+    result |= dict(overhead=print_overhead(opt, device), overlap=print_overlap(opt, device))
+    if opt.memory_ranks:
+        result["memory"] = measure_memory(opt)
+        OUT.write_text(json.dumps(result, indent=1) + "\n")
+        with contextlib.suppress(ImportError):
+            draw(result["memory"], OUT.with_suffix(".png"))
+        print(f"saved {OUT}")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Options, description=main.__doc__))
