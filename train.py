@@ -5,6 +5,7 @@ The trainer, in one file: one process or torchrun, CPU, MPS or CUDA.
     python train.py config/quickstart.py --lr 1e-3       a config file gives the defaults, options change them
     torchrun --nproc-per-node 8 train.py config/pg19_124m.py
     torchrun --nproc-per-node 8 train.py config/pg19_124m.py --sp 4     4 GPUs share each sequence, by ring attention
+    python train.py config/pg19_124m.py --plan           what it takes of memory and network, by ranks; needs no GPU
     python train.py config/quickstart.py --resume=auto   goes on from the latest checkpoint
     python train.py --init-from HuggingFaceTB/SmolLM2-135M --block-size 1024 --attention window
     python train.py --init-from runs/quickstart --pose-target 4096 --rope-scaling yarn      a longer context, by PoSE
@@ -16,9 +17,9 @@ stderr and exit code 1 (2 for a command line that cannot be read). So is a rank 
 
 A batch is a pure function of (seed, step, index in the global batch), and nothing else is random once the weights are
 drawn: on CPU a resumed run is bit-identical to an uninterrupted one, and the curve does not depend on how many ranks
-and micro-steps share a batch, nor on how many ranks share a sequence. On resume the model and the tokenizer must be the same. What FREE_ON_RESUME lists may
-change without touching the curve; max_steps may too, and moves the end of the learning rate's schedule; all else
-changes the curve from there on, and the log says so.
+and micro-steps share a batch, nor on how many ranks share a sequence. On resume the model and the tokenizer must be the
+same. What FREE_ON_RESUME lists may change without touching the curve; max_steps may too, and moves the end of the
+learning rate's schedule; all else changes the curve from there on, and the log says so.
 """
 
 import contextlib
@@ -144,14 +145,17 @@ class TrainConfig:
     compile: bool = field(default_factory=torch.cuda.is_available)  # torch.compile; on by default where CUDA is
     # recompute blocks in the backward pass, or segments if all layers are infini: less memory, more time
     activation_checkpointing: bool = False
+    plan: bool = False  # only print what a step takes of memory and network, with 1 to 1024 ranks per sequence (plan.py)
+    plan_gpu: str = "H100"  # for these GPUs: their memory, speed and links
+    plan_bandwidth: float | None = None  # GB/s from a rank to the next (default: those of that GPU)
 
 
 FREE_ON_RESUME = {"name", "out", "resume", "log_every", "eval_every", "eval_tokens", "save_every", "keep", "wandb",
                   "init_from", "batch_size", "sp", "fsdp", "timeout", "device", "compile",
-                  "activation_checkpointing"}  # batch_tokens counts
+                  "activation_checkpointing", "plan", "plan_gpu", "plan_bandwidth"}  # batch_tokens counts
 MINIMUM = dict(max_steps=1, gate_lr=0, log_every=1, eval_every=0, eval_tokens=1, save_every=0, keep=1, vocab_multiple=1,
-               batch_size=1, sp=1, timeout=1, lr=0, warmup_steps=0, final_lr=0, wsd_decay=0, weight_decay=0, grad_clip=0, pose_target=1,
-               pose_chunks=1)
+               batch_size=1, sp=1, timeout=1, lr=0, warmup_steps=0, final_lr=0, wsd_decay=0, weight_decay=0, grad_clip=0,
+               pose_target=1, pose_chunks=1)
 NEW_MODEL = dict(n_layer=4, n_head=4, n_embd=192, block_size=256)  # for the rest: GPTConfig
 
 
@@ -431,8 +435,7 @@ def shard(batch: Batch, model: GPT, place: Place) -> Batch:
     """With sequence parallelism this rank's part of each sequence of the batch."""
     if place.sp == 1:
         return batch
-    c = model.config
-    if batch.docs is not None and c.position == "rope" and (c.sink_tokens or c.by_length):
+    if batch.docs is not None and model.config.by_length:
         batch = batch.count_documents()
     return batch.shard(*model.ring)
 
@@ -930,6 +933,11 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
 def setup(args: list[str], memory: MemoryHandler) -> tuple:
     """Whatever a user's mistake can break breaks here, as a ValueError or OSError in one line -> train's arguments."""
     config, stem = parse(args)
+    if config.plan:
+        from plan import plan  # not above: it imports this module
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(plan(config))
+        sys.exit()
     place = choose_place(config)
     use_triton(torch.empty(0, dtype=place.dtype, device=place.device))  # says which kernels run, or why they cannot
     if config.wandb and importlib.util.find_spec("wandb") is None:
