@@ -5,8 +5,9 @@ Ring attention measured: who computes how much, what is sent, what the merges co
     python -m kernels.bench_ring --memory-ranks 1 2 4     fewer processes; none: leaves the memory out
 
 Load: the scores that each rank computes at each hop, counted block by block. A hop takes as long as its slowest rank.
-Overhead: one process in the place of P ranks computes all their blocks and merges, without messages, against the plain
-kernel over the whole sequence. Overlap: from the time of one block, the bandwidth at which its exchange takes as long.
+On a GPU besides, overhead: one process in the place of P ranks computes all their blocks and merges, without messages,
+against the plain kernel over the whole sequence; and overlap: the bandwidth at which a hop's exchange takes as long as
+its blocks.
 Memory: training steps of a small model (--memory-ranks processes over gloo, CPU), the tokens per rank constant: the
 peak of each process beyond what it held before its first step. Writes config/ring_memory.json and .png.
 """
@@ -35,7 +36,7 @@ OUT = Path(__file__).resolve().parent.parent / "config" / "ring_memory.json"
 @dataclasses.dataclass
 class Options:
     ranks: tuple[int, ...] = (2, 4, 8)  # of which load and overhead are told
-    tokens: int | None = None  # of the sequence, for the overhead (default: 65536 on a GPU, 4096 without)
+    tokens: int = 65536  # of the sequence, for the overhead
     head_dim: int = 128  # of 8 query heads and 8 kv heads, for the overhead
     memory_ranks: tuple[int, ...] = (1, 2, 4, 8)  # processes whose memory is measured
     memory_tokens: int = 2048  # tokens that each of them holds
@@ -114,42 +115,41 @@ def print_load(ranks: tuple[int, ...]):
                     print(f"    rank {rank}: " + " ".join(f"{x / 1024**2:.2f}" for x in row.tolist()))
 
 
-def print_overhead(opt: Options, device: str) -> list[dict]:
-    T, dtype = opt.tokens or (65536 if device == "cuda" else 4096), torch.bfloat16 if device == "cuda" else torch.float32
-    q, k, v, dout = (torch.randn(1, T, 8, opt.head_dim, device=device, dtype=dtype) for _ in range(4))
+def print_overhead(opt: Options) -> list[dict]:
+    q, k, v, dout = (torch.randn(1, opt.tokens, 8, opt.head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     leaves, rows = [x.clone().requires_grad_() for x in (q, k, v)], []
-    out = attention(*leaves, return_lse=True)[0]  # the same path as a block's, on the CPU too
+    out = attention(*leaves)
     with torch.no_grad():
-        forward = median_ms(lambda: attention(q, k, v, return_lse=True), device)
-    backward = median_ms(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True), device)
-    print(f"\noverhead: {T} tokens, 8 heads of {opt.head_dim}, {str(dtype)[6:]}: plain kernel {forward:.1f} ms forward, "
+        forward = median_ms(lambda: attention(q, k, v), "cuda")
+    backward = median_ms(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True), "cuda")
+    print(f"\noverhead: {opt.tokens} tokens, 8 heads of {opt.head_dim}, bfloat16: plain kernel {forward:.1f} ms forward, "
           f"{backward:.1f} ms backward")
     for P in opt.ranks:
         for layout in LAYOUTS:
             with torch.no_grad():
                 ring = Emulated(q, k, v, dout, P, layout)
                 results = ring.forward()
-                ms = median_ms(ring.forward, device), median_ms(lambda: ring.backward(results), device)
-            rows.append(dict(ranks=P, layout=layout, tokens=T, forward_ms=ms[0], backward_ms=ms[1], plain_forward_ms=forward,
+                ms = median_ms(ring.forward, "cuda"), median_ms(lambda: ring.backward(results), "cuda")
+            rows.append(dict(ranks=P, layout=layout, tokens=opt.tokens, forward_ms=ms[0], backward_ms=ms[1], plain_forward_ms=forward,
                              plain_backward_ms=backward))
             print(f"{P} ranks, {layout}: forward {ms[0]:.1f} ms ({ms[0] / forward - 1:+.1%}), backward {ms[1]:.1f} ms "
                   f"({ms[1] / backward - 1:+.1%})")
     return rows
 
 
-def print_overlap(opt: Options, device: str) -> list[dict]:
+def print_overlap(opt: Options) -> list[dict]:
     """For shards of c tokens, from measured blocks, zigzag: half of all scores of a square at every hop."""
-    dtype, rows = torch.bfloat16 if device == "cuda" else torch.float32, []
+    rows = []
     print("\noverlap: one hop of zigzag, 8 query and 8 kv heads; the exchange is hidden from so many GB/s on")
-    for c in (2048, 8192, 32768) if device == "cuda" else (512, 1024, 2048):
-        q, k, v, dout = (torch.randn(1, c, 8, opt.head_dim, device=device, dtype=dtype) for _ in range(4))
+    for c in (2048, 8192, 32768):
+        q, k, v, dout = (torch.randn(1, c, 8, opt.head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
         call = _call(q, None, None, None, None, None, 1, 2, "zigzag", opt.head_dim**-0.5, True, None, None, 0, None)
         kv, acc = torch.stack([k, v]), torch.float32
-        out, lse, dq = (torch.zeros_like(q, dtype=acc), torch.full((1, 8, c), -torch.inf, device=device),
+        out, lse, dq = (torch.zeros_like(q, dtype=acc), torch.full((1, 8, c), -torch.inf, device="cuda"),
                         torch.zeros_like(q, dtype=acc))
         with torch.no_grad():
-            forward = median_ms(lambda: _forward_hop(call, out, lse, kv, None, 0), device)
-            backward = median_ms(lambda: _backward_hop(call, dout, None, out, lse, dq, kv, None, 0), device)
+            forward = median_ms(lambda: _forward_hop(call, out, lse, kv, None, 0), "cuda")
+            backward = median_ms(lambda: _backward_hop(call, dout, None, out, lse, dq, kv, None, 0), "cuda")
         need = [kv.nbytes / forward / 1e6, (kv.nbytes + 2 * k.numel() * 4) / backward / 1e6]
         rows.append(dict(tokens_per_rank=c, forward_ms=forward, backward_ms=backward, forward_gbps=need[0], backward_gbps=need[1]))
         print(f"{c} tokens per rank: forward {forward:.2f} ms, {need[0]:.1f} GB/s; backward {backward:.2f} ms, {need[1]:.1f} GB/s")
@@ -224,11 +224,14 @@ def draw(rows: list[dict], path: Path):
 
 def main(opt: Options):
     """Load, overhead, overlap and memory of ring attention, on this machine."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gpu = torch.cuda.is_available()
     print_load(opt.ranks)
-    result = dict(machine=torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores",
+    result = dict(machine=torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {os.cpu_count()} cores",
                   torch=torch.__version__, options=dataclasses.asdict(opt))
-    result |= dict(overhead=print_overhead(opt, device), overlap=print_overlap(opt, device))
+    if gpu:
+        result |= dict(overhead=print_overhead(opt), overlap=print_overlap(opt))
+    else:
+        print("\noverhead, overlap: these need a GPU")
     if opt.memory_ranks:
         result["memory"] = measure_memory(opt)
         OUT.write_text(json.dumps(result, indent=1) + "\n")

@@ -29,7 +29,8 @@ ARCHS = [*(pytest.param(arch, False, id=str(arch)) for arch in (80, 90, 100)),
 FEWER = (" full", " window, sinks", " linear, documents", " lse, xpos")  # "", "window, sinks, alibi" ... are in their place
 COMPILE = f"""
 import dataclasses, json, sys
-from kernels import aot, bench
+import torch
+from kernels import aot, bench, bench_ring
 arch, whole = json.loads(sys.argv[1])
 for kernel, label, thunk in bench.static_cases(arch):
     only_90 = "float32" in label and kernel != "merge_attention" or label.endswith("N64 bfloat16")
@@ -39,6 +40,13 @@ for kernel, label, thunk in bench.static_cases(arch):
         thunk()
     for row in built:
         print("ROW", json.dumps(dict(dataclasses.asdict(row), kernel=kernel, label=label), default=str))
+for D in (64, 128, 256):
+    q, k = (torch.zeros(1, 256, heads, D, dtype=torch.bfloat16) for heads in (2, 1))
+    with aot.compile_for(arch) as built:
+        bench_ring.emulated_ring(q, k, k, 2, "zigzag", q)
+    for row in built:
+        label = f"B1 T256 H2 G1 D{{D}} bfloat16 ring"
+        print("ROW", json.dumps(dict(dataclasses.asdict(row), kernel="ring", label=label), default=str))
 """
 _pool = concurrent.futures.ThreadPoolExecutor(2)
 
@@ -93,8 +101,9 @@ class TestEveryKernel:
                     expected = memory | (set() if "linear" in variant else {"_delta_bwd_kernel"})
                     assert names[f"B1 T256 H2 G1 {head_dim} N64 {dtype}{variant}"] == expected, (tile, variant)
             assert names[f"B1 N512 H8 G2 {tile}"] >= {"_decode_kernel"}, tile
+            assert names[f"B1 T256 H2 G1 {head_dim} bfloat16 ring"] == parts | {"_merge_into_kernel"}
         assert {row["kernel"] for row in rows} == {
-            "attention", "infini_attention", "decode_attention", "merge_attention", "apply_sink_logit", "rope", "rms_norm",
+            "ring", "attention", "infini_attention", "decode_attention", "merge_attention", "apply_sink_logit", "rope", "rms_norm",
             "swiglu", "linear_cross_entropy"}
 
     def test_nothing_spills(self, rows):

@@ -12,18 +12,21 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close_2x
+from helpers import assert_close_2x, relative_error, run_ranks
 from test_attention import dense, run, same_maths, tensors, with_sinks
 from test_memory import dense as dense_memory
 from test_memory import ours as infini
 from test_memory import run as run_memory
 from test_memory import tensors as memory_tensors
 from test_model import tiny
+from test_ring import ALL, NAMES, compare
 from test_stream import fed_in
 from test_stream import tiny as streaming
 
 from kernels import (apply_sink_logit, attention, backend, decode_attention, linear_cross_entropy, merge_attention,
                      rms_norm, rope, rope_frequencies, swiglu)
+from kernels.bench_ring import emulated_ring
+from kernels.ring import LAYOUTS
 from kernels.rope import rope_ref
 
 HERE = torch.cuda.is_available() and not backend.INTERPRET
@@ -316,3 +319,22 @@ def test_cuda_graphs_change_nothing(variant, dtype):
     assert torch.equal(*tokens) and states[0].position == states[1].position == 68 + model.config.sink_tokens
     for a, b in zip(states[0].layers, states[1].layers):
         assert torch.equal(a.k, b.k) and torch.equal(a.v, b.v)
+
+
+@on_gpu
+def test_two_ranks_share_the_gpu():
+    """Ring attention over gloo, which carries the shards from one process to the other through the CPU."""
+    errors = run_ranks(2, compare, ALL, torch.float32, (2, 192, 4, 2, 64), DEVICE, timeout=600)[0]
+    assert len(errors) == len(NAMES) * len(ALL)
+    assert not [e for e in errors if not e[-1] < 2e-6]
+
+
+@on_gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_many_ranks_in_one_process(layout):
+    q, k, v, dout = (torch.randn(1, 2048, heads, 128, dtype=torch.bfloat16) for heads in (8, 2, 2, 8))
+    out, grads = emulated_ring(q, k, v, 8, layout, dout)
+    exact = [x.float().requires_grad_() for x in (q, k, v)]
+    attention(*exact).backward(dout.float())
+    for a, b in zip((out, *grads), (attention(*exact), *(x.grad for x in exact))):
+        assert relative_error(a, b) < 1e-2

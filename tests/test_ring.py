@@ -31,15 +31,16 @@ def on_a_ring(layout, case):
     return layout != "striped" or not {"xpos", "lookback"} & case.keys()
 
 
-def attend(case, layout, group, dtype, shape=(B, T, H, G, D)):
+def attend(case, layout, group, dtype, shape=(B, T, H, G, D), device="cpu"):
     """NAMES of one case: by the ring, gathered, or with `group` None by one process."""
     (B, T, H, G, D), case = shape, dict(case)
     generator = torch.Generator().manual_seed(7)
-    q, k, v, dout, q_sink = (torch.randn(B, T, heads, D, dtype=torch.float64, generator=generator).to(dtype)
+    q, k, v, dout, q_sink = (torch.randn(B, T, heads, D, dtype=torch.float64, generator=generator).to(device, dtype)
                              for heads in (H, G, G, H, H))
-    dlse = torch.randn(B, H, T, dtype=torch.float64, generator=generator).to(torch.promote_types(dtype, torch.float32))
-    slopes = torch.rand(H, generator=generator)
-    docs = torch.arange(T).expand(B, T) // 17 if case.pop("docs", False) else None
+    dlse = torch.randn(B, H, T, dtype=torch.float64, generator=generator).to(
+        device, torch.promote_types(dtype, torch.float32))
+    slopes = torch.rand(H, generator=generator).to(device)
+    docs = torch.arange(T, device=device).expand(B, T) // 17 if case.pop("docs", False) else None
     S, options = case.pop("sinks", 0), case
     if options.pop("alibi", False):
         options["alibi_slopes"] = slopes
@@ -62,12 +63,12 @@ def attend(case, layout, group, dtype, shape=(B, T, H, G, D)):
     return [out.detach(), lse.detach(), *grads]
 
 
-def compare(rank, world, cases, dtype, shape=(B, T, H, G, D)):
+def compare(rank, world, cases, dtype, *where):
     """[(layout, case, name, error)] of the ring against one process."""
     errors = []
     for layout, case in cases:
-        ring = attend(case, layout, dist.group.WORLD, dtype, shape)
-        one = attend(case, None, None, dtype, shape) if rank == 0 else []
+        ring = attend(case, layout, dist.group.WORLD, dtype, *where)
+        one = attend(case, None, None, dtype, *where) if rank == 0 else []
         errors += [(layout, str(case), name, relative_error(a.nan_to_num(neginf=0), b.nan_to_num(neginf=0)))
                    for name, a, b in zip(NAMES, ring, one)]
     return errors
