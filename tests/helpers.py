@@ -14,6 +14,7 @@ import datetime
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -152,6 +153,7 @@ class LiveBytes(TorchDispatchMode):
 
 def _worker(rank, world, folder, environ, call, timeout, result):
     """One rank of run_ranks. Sends (True, what the function returned) or (False, the traceback), pickled."""
+    signal.alarm(int(timeout) + 10)  # should the parent be gone by then
     os.environ.update(environ)
     torch.set_num_threads(1)
     try:
