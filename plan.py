@@ -6,24 +6,25 @@ What a training run needs, before there is a GPU: memory and communication of ea
     python train.py config/x.py --block-size 131072 --batch-size 1 --plan --plan-bandwidth 12.5
 
 Memory is counted tensor by tensor: what model.py and the Triton kernels of kernels/ keep from the forward pass to the
-backward pass, plus what is alive beside it where the step is fullest, for eager training without torch.compile. It leaves
-out what CUDA, NCCL and the allocator's fragments take; GPUs' sizes are the data sheets' decimal gigabytes.
+backward pass, plus what is alive beside it where the step is fullest, for eager training without torch.compile. It
+leaves out what CUDA, NCCL and the allocator's fragments take; GPUs' sizes are the data sheets' decimal gigabytes.
 
-Communication. A hop of the ring computes the pairs between c queries and c keys while the next c keys and values arrive:
-4 H D floating-point operations for each pair that is seen, against 2 c G D e bytes (e per number). At F operations and W
-bytes per second, with MHA, 16 bits and every pair seen, 4 c^2 H D / F >= 4 c H D / W: c >= F / W, Ring Attention's rule
-(arXiv 2310.01889), 1040 tokens for an A100's 312e12 over NVLink's 300e9 and 24960 over InfiniBand's 12.5e9. Here:
+Communication. A hop of the ring computes the pairs between c queries and c keys while the next c keys and values
+arrive: 4 H D floating-point operations for each pair that is seen, against 2 c G D e bytes (e per number). At F
+operations and W bytes per second, with MHA, 16 bits and every pair seen, 4 c^2 H D / F >= 4 c H D / W: c >= F / W, Ring
+Attention's rule (arXiv 2310.01889): 1040 tokens for an A100's 312e12 over NVLink's 300e9, 24960 over InfiniBand's
+12.5e9. Here:
 
     forward    zigzag sees half of the pairs, GQA sends G of H heads:       2 c^2 H D / F >= 2 c G D e / W
-               c >= e (G / H) F / W
+               c >= e (G / H) F / W                                         2 F / W for MHA in 16 bits
     backward   2.5 times the operations, and dk, dv in float32 besides:     5 c^2 H D / F >= (2 e + 8) c G D / W
                c >= (2 e + 8) / 5 (G / H) F / W                             2.4 F / W for MHA in 16 bits
     contiguous the last rank sees every pair, and all wait for it: half of these c
 
-What the table calls hidden is summed over all hops of all layers, each with its own pairs: the least of computing and
-sending, over sending. A window sends to as many neighbours as it reaches; an infini layer hands its memory along a chain
-that all later ranks wait for; the last message of the backward pass has nothing to hide behind. F is the data sheet's
-dense peak (half of it for float32, by TF32): real kernels are slower, and hide more.
+What the table calls hidden is summed over all hops of all layers, each with its own pairs: the lesser of computing and
+sending, over sending. A window sends to as many neighbours as it reaches; an infini layer hands its memory along a
+chain that all later ranks wait for; the last message of the backward pass has nothing to hide behind. F is the data
+sheet's dense peak (half of it for float32, by TF32): real kernels are slower, and hide more.
 """
 
 import math
@@ -42,8 +43,9 @@ class Gpu(NamedTuple):
     node: float            # bytes per second to a GPU of the same node, in one direction
     network: float | None  # to one of another node; None: no design of the maker's says
 
-# The makers' data sheets: NVLink 5, 4 and 3 or PCIe 5 and 4 x16, halved where both directions are added up. Network: one
-# 400 Gb/s (DGX B200, H200, H100) or 200 Gb/s (DGX A100) InfiniBand adapter per GPU. 8 GPUs share a node.
+
+# The makers' data sheets: NVLink 5, 4 and 3 or PCIe 5 and 4 x16, halved where both directions are added up. Network:
+# one InfiniBand adapter per GPU, of 400 Gb/s (DGX B200, H200, H100) or 200 Gb/s (DGX A100). 8 GPUs share a node.
 GPUS = {"B200": Gpu(180e9, 900e9, 50e9), "H200": Gpu(141e9, 450e9, 50e9), "H100": Gpu(80e9, 450e9, 50e9),
         "H100 NVL": Gpu(94e9, 64e9, None), "H100 PCIe": Gpu(80e9, 64e9, None), "A100": Gpu(80e9, 300e9, 25e9),
         "A100 40GB": Gpu(40e9, 300e9, 25e9), "L40S": Gpu(48e9, 32e9, None), "L40": Gpu(48e9, 32e9, None),
@@ -95,10 +97,6 @@ class Case:
         """Tokens of a sequence on a rank."""
         return self.T // self.sp
 
-    @property
-    def layout(self) -> str:
-        return self.config.layout
-
     def reach(self, kind: str) -> float:
         """How many keys back a query of such a layer sees, itself included, sinks apart."""
         if kind == "window" and not self.explicit and self.T + self.config.sink_tokens <= self.config.span("window"):
@@ -111,32 +109,32 @@ class Case:
             return 0
         return self.config.sink_tokens if self.docs else self.config.sinks
 
-    def passes(self, kind: str) -> int:
-        """How often a layer attends, with other frequencies each time: rope_scaling that goes by the length."""
-        c, span = self.config, min(self.config.span(kind), self.T)
-        if not c.by_length or c.span(kind) <= c.trained_length or not self.explicit and self.T <= c.trained_length:
-            return 1
-        if self.explicit or self.sp > 1 or c.rope_type != "dynamic":
-            return 2
-        return 1 + math.ceil((span - c.trained_length) / max(1, c.trained_length // 8))
+    def passes(self, kind: str) -> tuple[float, float]:
+        """How often a layer rotates its queries and its keys: again for each length, where rope_scaling goes by it."""
+        c, L, span = self.config, self.config.trained_length, min(self.config.span(kind), self.T)
+        if not c.by_length or (c.span(kind) if self.explicit else span) <= L:
+            return 1, 1
+        if self.explicit or self.sp > 1:  # all twice, and each row takes one
+            return 2, 2
+        step = max(1, L // 8) if c.rope_type == "dynamic" else self.T
+        return 1, (sum(range(L, span, step)) + self.T) / self.T  # rows after rows, each with all keys before
 
 
 def attention_bytes(case: Case, kind: str, N: int) -> dict[str, float]:
     """
-    What the attention half of a block keeps for the backward pass, for N tokens of this rank, by name. N (H + 2 G) D numbers
-    of q, k and v; of them v is a view, and q and k, un-rotated, stay with it.
+    What the attention half of a block keeps for the backward pass, for N tokens of this rank, by name. v is a view of
+    q, k and v: these stay, un-rotated, beside the rotated q and k.
     """
     c, e, H, G, D = case.config, case.e, case.config.n_head, case.config.n_kv_head, case.config.head_dim
-    S = case.sinks(kind)
-    passes, infini = case.passes(kind), kind == "infini"
+    S, (rows, keys) = case.sinks(kind), case.passes(kind)
     kept = {"norm's input and statistics": N * (c.n_embd * e + (4 if c.norm == "rmsnorm" else 8)),
             "normed": N * c.n_embd * e,
             "q, k, v": N * (H + 2 * G) * D * e,
-            "rotated q, k": passes * N * (H + G) * D * e if c.rotary else 0,
+            "rotated q, k": N * (rows * H + keys * G) * D * e if c.rotary else 0,
             "sinks": case.B * 2 * S * G * D * e + (N * H * D * e if S and c.rotary else 0),
-            "out and lse": passes * N * H * (D * e + 4) + (N * H * D * e if passes > 1 else 0),
+            "out and lse": rows * N * H * (D * e + 4) + (N * H * D * e if keys > 1 else 0),
             "document ids": 8 * N if case.docs else 0}
-    if infini:
+    if kind == "infini":
         slots = max(1, N // case.B // c.segment) + 1
         kept["memory's out"] = N * H * D * e
         kept["memories"] = case.B * slots * G * D * (D + 1) * 4
@@ -161,7 +159,7 @@ def cast_bytes(case: Case, numbers: int) -> int:
 
 
 def mlp_backward(case: Case, N: int) -> float:
-    """What is alive beside all that is kept where an MLP's backward pass is fullest: gradients of activations and weights."""
+    """What is alive beside all that is kept where an MLP's backward pass is fullest: gradients."""
     c, e = case.config, case.e
     inner = 2 if c.mlp == "swiglu" else 1  # the activation's gradient takes the place of what w_down read
     return N * c.n_embd * e + inner * N * c.n_inner * e + c.n_embd * c.n_inner * (4 - e if e < 4 else 4)
@@ -204,7 +202,7 @@ def loss_bytes(case: Case, N: int) -> tuple[float, float]:
 
 
 def kept_by_checkpointing(case: Case, kind: str, N: int) -> dict[str, float]:
-    """What a block keeps where all but attention is computed again: its input, and what attention and memory put out."""
+    """What a block keeps where all but attention is computed again: its input, what attention and memory put out."""
     names = ("out and lse", "memory's out", "memories", "sink logit's out and lse")
     kept = {name: x for name, x in attention_bytes(case, kind, N).items() if name in names}
     return kept | {"block's input": N * case.config.n_embd * case.e}
@@ -212,8 +210,8 @@ def kept_by_checkpointing(case: Case, kind: str, N: int) -> dict[str, float]:
 
 def new_gradients(case: Case, blocks: float | None) -> float:
     """
-    Gradients of this pass alone that are alive when it has been through so much of the blocks, or at its end (None): the
-    output layer's, and the blocks' where they are not added to what is there, or sent away, block by block.
+    Gradients of this pass alone that are alive when it has been through so much of the blocks, or at its end (None):
+    the output layer's, and the blocks' where they are not added to what is there, or sent away, block by block.
     """
     c, sizes = case.config, case.sizes
     weight = 4 * c.vocab_size * c.n_embd
@@ -226,26 +224,29 @@ def new_gradients(case: Case, blocks: float | None) -> float:
 
 def step_bytes(case: Case, N: int, kinds: list[str], recompute: bool) -> list[tuple[float, float]]:
     """
-    (activations, new gradients) where the forward and backward pass over N tokens of this rank is fullest. recompute: blocks
-    are computed again in the backward pass, attention apart, their feed-forward in chunks; otherwise all is kept.
+    (activations, new gradients) where the forward and backward pass over N tokens of this rank can be fullest.
+    recompute: in the backward pass blocks are computed again but for attention, their feed-forward in chunks; else all
+    is kept.
     """
     c, e = case.config, case.e
     stream, weight = N * c.n_embd * e, 4 * c.vocab_size * c.n_embd
-    out, first, others = N * c.n_head * c.head_dim * e, *(cast_bytes(case, x) for x in (case.sizes.qkv, case.sizes.others))
+    first, others = cast_bytes(case, case.sizes.qkv), cast_bytes(case, case.sizes.others)
     attn = [sum(attention_bytes(case, kind, N).values()) for kind in kinds]
     if recompute:
         held = [sum(kept_by_checkpointing(case, kind, N).values()) for kind in kinds]
         m = case.B * min(case.c, max(1024, math.ceil(case.c / 8)))
-        done = (1 - m / N) * (stream + out) + (4 * case.sizes.others if m < N else 0)  # gradients of the other chunks
+        done = (N - m) * (c.n_embd + c.n_head * c.head_dim) * e  # gradients of the other chunks
+        done += 4 * case.sizes.others if m < N else 0
         rest = stream + done + sum(mlp_bytes(case, m).values()) + others + mlp_backward(case, m) - m * c.n_embd * e
-        again = [max(rest, a - h + first + attention_backward(case, kind, N)) for a, h, kind in zip(attn, held, kinds)]
+        again = [max(rest, a - h + first + attention_backward(case, kind, N))
+                 for a, h, kind in zip(attn, held, kinds)]
     else:
         mlp = sum(mlp_bytes(case, N).values())
         held = [a + mlp + first + others for a in attn]
         again = [max(mlp_backward(case, N), attention_backward(case, kind, N) - mlp - others) for kind in kinds]
     ids, final, (forward, backward) = 24 * N, stream + 8 * N, loss_bytes(case, N)
     kept = ids + sum(held)
-    tied = weight if c.tie_embeddings else 0  # the output layer's part of the gradient, until the embedding's joins it
+    tied = weight if c.tie_embeddings else 0  # the output layer's part of the gradient waits for the embedding's
     points = [(kept + final + stream + forward, 0), (kept + final + backward, 0),
               (ids + stream + 4 * N * c.n_embd + tied, new_gradients(case, None))]
     for i, x in enumerate(again, 1):
@@ -287,9 +288,10 @@ def memory(case: Case) -> Memory:
 def longest(case: Case, limit: float) -> int | None:
     """The most tokens of one sequence (B = 1) with which a step takes at most `limit` bytes; None where none do."""
     unit = case.config.shard_multiple(case.sp) if case.sp > 1 else 1
+    most = case.config.trained_length if case.sp > 1 and case.config.rope_type == "dynamic" else math.inf
 
     def fits(n: int) -> bool:
-        return memory(replace(case, B=1, T=n * unit)).peak <= limit
+        return n * unit <= most and memory(replace(case, B=1, T=n * unit)).peak <= limit
 
     if not fits(1):
         return None
@@ -317,19 +319,20 @@ def pairs(distance: int, n: int, reach: float) -> int:
 
 def hops(case: Case, kind: str) -> list[int]:
     """
-    The pairs that a rank computes at each hop of the ring, for one sequence and head: the last rank, which has the most, of
-    a contiguous layout; a rank in the middle, like nearly all others, of zigzag. The first hop is its own shard's.
+    The pairs that a rank computes at each hop of the ring, for one sequence and head: of a contiguous layout the last
+    rank, which has the most; of zigzag one in the middle, like nearly all others. The first hop is its own shard's.
     """
     P, c, zigzag = case.sp, case.c, case.config.layout == "zigzag"
     n, reach, rank = c // 2 if zigzag else c, case.reach(kind), P // 2 if zigzag else P - 1
     if kind == "infini":  # whole segments: nothing to fetch
         return [0]
     back = P - 1 if reach == math.inf else math.ceil((reach - 1) / n)  # so many chunks before its own are seen
-    there = range(P) if back >= P or reach == math.inf else [*range(min(back, P - 1) + 1)]
-    if zigzag and reach != math.inf:  # its second chunk's neighbours are those of the ranks after this one
-        there = sorted({*there, *range(max(0, P - back), P)})
+    there = {*range(min(back, P - 1) + 1)}
+    if zigzag:  # what comes before its second chunk is with the ranks after this one
+        there |= {*range(max(0, P - back), P)}
     places = (lambda r: (r * n, (2 * P - 1 - r) * n)) if zigzag else (lambda r: (r * n,))
-    return [sum(pairs(q - k, n, reach) for q in places(rank) for k in places((rank - hop) % P)) for hop in there]
+    return [sum(pairs(q - k, n, reach) for q in places(rank) for k in places((rank - hop) % P))
+            for hop in sorted(there)]
 
 
 class Traffic(NamedTuple):
@@ -345,7 +348,7 @@ class Traffic(NamedTuple):
 
 
 def traffic(case: Case, flops: float, bandwidth: float) -> Traffic:
-    """What a rank sends to the next, by layer and hop, against what it computes meanwhile, at `flops` and bytes per second."""
+    """What a rank sends, by layer and hop, against what it computes meanwhile, at `flops` and bytes per second."""
     c, B, n = case.config, case.B, case.c
     kv = 2 * B * n * c.n_kv_head * c.head_dim * case.e + (4 * B * n if case.docs else 0)
     dkv, chain = 8 * B * n * c.n_kv_head * c.head_dim, 4 * B * c.n_kv_head * c.head_dim * (c.head_dim + 1)
@@ -369,8 +372,8 @@ def traffic(case: Case, flops: float, bandwidth: float) -> Traffic:
 
 def gradient_bytes(case: Case, n_micro: int) -> float:
     """
-    What a rank sends of weights and gradients in a step: DDP's all-reduce, or for each micro-step FSDP's reduce-scatter and
-    two all-gathers, one for what is outside the blocks.
+    What a rank sends of weights and gradients in a step: DDP's all-reduce, or for each micro-step FSDP's reduce-scatter
+    and two all-gathers, one for what is outside the blocks.
     """
     n = case.sp * case.dp
     if not case.fsdp:
@@ -426,14 +429,15 @@ def row(case: Case, mark: str, gpu: Gpu, flops: float, given: float | None, n_mi
     kept, recomputed = (m, other)[::-1 if case.checkpointing else 1]
     sent = t.sent * n_micro + gradient_bytes(case, n_micro)
     per_hop = (t.forward_hop, t.backward_hop) if t.forward else (0, 0)
-    hidden = [share(t.hidden_forward, t.forward), share(t.hidden_backward, t.backward)] if bandwidth else ["?", "?"]
+    hidden = [share(t.hidden_forward, t.forward), share(t.hidden_backward, t.backward)]
+    hidden = hidden if bandwidth or not t.forward else ["?", "?"]
     line += [str(case.c), *map(size, (m.weights, m.gradients, m.optimizer, kept.activations, recomputed.activations))]
     line += [size(m.peak) + (" !" if m.peak > gpu.memory else "  "), *map(size, (*per_hop, sent))]
-    return line + [*(hidden if t.forward else "--"), count(most) if most else "none"]
+    return line + [*hidden, count(most) if most else "none"]
 
 
-HEADER = ["", "ranks", "tokens", "weights", "grads", "AdamW", "kept", "again", "peak", "fwd/hop", "bwd/hop", "sent", "hidden",
-          "hidden", "longest"]
+HEADER = ["", "ranks", "tokens", "weights", "grads", "AdamW", "kept", "again", "peak  ", "fwd/hop", "bwd/hop", "sent",
+          "hid.fwd", "hid.bwd", "longest"]
 
 
 def plan(config: TrainConfig) -> str:
@@ -460,12 +464,12 @@ def plan(config: TrainConfig) -> str:
 
 
 NOTES = """\
-ranks: dp x sp, * this command; tokens, of a sequence on a rank. Bytes of a rank in powers of 1024; weights, grads and AdamW
-in float32; kept: the most that activations take at a time if all are kept for the backward pass, again: if blocks are
-computed again (--activation-checkpointing); peak: at the fullest point of a step, ! more than the GPU has; fwd/hop, bwd/hop:
-keys and values of a layer's shard, and their gradients; sent: in a step, with gradients of weights; hidden: how much of the
-ring's bytes travels while a rank computes at the data sheet's peak, forward and backward; longest: one sequence that fits.
-There is no allowance for CUDA, NCCL and the allocator's fragments: leave a few percent.""".splitlines()
+ranks: dp x sp, * this command; tokens, of a sequence on a rank. Bytes are a rank's, in powers of 1024. weights, grads,
+AdamW: float32. kept: the most that activations take at a time if all are kept for the backward pass; again: if blocks
+are computed again (--activation-checkpointing). peak: at the fullest point of a step, ! more than the GPU has. fwd/hop,
+bwd/hop: keys and values of a layer's shard, and with their gradients. sent: in a step, gradients of weights included.
+hid.: how much of the ring's bytes travels while a rank computes at the data sheet's peak. longest: one sequence that
+fits. There is no allowance for CUDA, NCCL and the allocator's fragments: leave a few percent.""".splitlines()
 
 
 def summary(case: Case, name: str, gpu: Gpu, flops: float, given: float | None, tokens: int, n_micro: int) -> list[str]:
@@ -473,18 +477,19 @@ def summary(case: Case, name: str, gpu: Gpu, flops: float, given: float | None, 
     c, kind = case.config, "bfloat16" if case.e < 4 else "float32 (TF32)"
     links = [("given", given * 1e9)] if given is not None else \
         [(what, x) for what, x in (("in a node of 8", gpu.node), ("between nodes", gpu.network)) if x is not None]
-    lines = [f"model: {count(case.sizes.all)} parameters, {c.n_layer} layers ({c.attention}), {c.n_head} heads, {c.n_kv_head} "
-             f"for keys and values, of {c.head_dim}",
-             f"step: {tokens} tokens = {case.dp} group(s) of {case.sp} rank(s) x {n_micro} micro-step(s) x {case.B} sequences x "
-             f"{case.T}; {kind} activations{', documents apart' if case.docs else ''}; weights "
-             f"{'spread over all ranks (fsdp)' if case.fsdp else 'whole on every rank'}; activations "
-             f"{'recomputed' if case.checkpointing else 'kept'}",
+    lines = [f"model: {count(case.sizes.all)} parameters, {c.n_layer} layers ({c.attention}), {c.n_head} heads, "
+             f"{c.n_kv_head} for keys and values, of {c.head_dim}",
+             f"step: {tokens} tokens = {case.dp} group(s) of {case.sp} rank(s) x {n_micro} micro-step(s) x {case.B} "
+             f"sequences x {case.T}",
+             f"memory: weights {'spread over all ranks (fsdp)' if case.fsdp else 'whole on every rank'}; activations {kind}, "
+             f"{'computed again' if case.checkpointing else 'kept'}{'; documents apart' if case.docs else ''}",
              f"gpu: {name}, {gpu.memory / 1e9:.0f} GB, {flops / 1e12:.0f} TFLOP/s; "
              + "; ".join(f"{x / 1e9:g} GB/s {what}" for what, x in links)]
     if "full" in c.layer_kinds or "blockwise" in c.layer_kinds:
-        lines.append("ring: hidden where a rank has, forward and backward, " + "; ".join(
-            f"{math.ceil(threshold(case, flops, x, False))} and {math.ceil(threshold(case, flops, x, True))} tokens {what}"
-            for what, x in links) + f" (layout {c.layout})")
+        least = [[math.ceil(threshold(case, flops, x, backward)) for backward in (False, True)] for _, x in links]
+        lines.append("ring: hidden where a rank has, forward and backward, "
+                     + "; ".join(f"{a} and {b} tokens {what}" for (a, b), (what, _) in zip(least, links))
+                     + f" (layout {c.layout})")
     return lines
 
 

@@ -1,6 +1,6 @@
 """
-The planner's figures against what a training step really takes. Peaks are counted without a GPU on the path that a GPU
-takes: tensors on the device "meta" say that they are on CUDA, the Triton kernels' launchers allocate all they do there and
+The planner's figures against what a training step takes. Peaks are counted without a GPU on the path that a GPU takes:
+tensors on the device "meta" say that they are on CUDA, the Triton kernels' launchers allocate all they do there and
 launch nothing, and every tensor that lives is counted, the launchers' own too. That this count is the allocator's is
 checked with tensors that hold memory. Bytes sent are those that the ring posts.
 """
@@ -8,6 +8,7 @@ checked with tensors that hold memory. Bytes sent are those that the ring posts.
 import contextlib
 import functools
 import importlib
+import json
 import math
 import re
 from dataclasses import replace
@@ -29,20 +30,22 @@ from train import PEAK_FLOPS, main
 SMALL = dict(n_layer=4, n_head=4, n_kv_head=2, n_embd=256, vocab_size=512, block_size=4096, window=500, segment=1024)
 VARIANTS = [dict(), dict(attention="window"), dict(attention="infini"),
             dict(attention="window,full", position="xpos"), dict(attention="blockwise", position="alibi"),
-            dict(attention="infini,full", memory_norm=1.0, segment=64), dict(attention="infini", memory_rule="linear", segment=512), dict(mlp="gelu", norm="layernorm", bias=True),
+            dict(attention="infini,full", memory_norm=1.0, segment=64),
+            dict(attention="infini", memory_rule="linear", segment=512), dict(mlp="gelu", norm="layernorm", bias=True),
             dict(parallel_residual=True, shared_norm=True, tie_embeddings=False), dict(sink_logit=True, n_kv_head=4),
             dict(n_embd=1024, n_head=8, n_layer=2), dict(n_inner=128, vocab_size=50304, tie_embeddings=False)]
 
 
 def launchers():
     """The Triton kernels' launchers, by their operator."""
-    attention, loss, memory, merge, norm, ring, rope, swiglu = (
-        importlib.import_module(f"kernels.{x}") for x in ("attention", "loss", "memory", "merge", "norm", "ring", "rope", "swiglu"))
-    return dict(attention_fwd=lambda *x: attention._attention_fwd(*x[:-1]), attention_bwd=lambda *x: attention._attention_bwd(*x[:-1]),
-                linear_cross_entropy_fwd=loss._linear_cross_entropy_fwd, memory_fwd=memory._memory_fwd,
-                memory_bwd=memory._memory_bwd, apply_sink_logit_fwd=merge._sink_logit_fwd,
-                apply_sink_logit_bwd=merge._sink_logit_bwd, rms_norm_fwd=norm._rms_norm_fwd, rms_norm_bwd=norm._rms_norm_bwd,
-                rope=rope._rope, swiglu_fwd=swiglu._swiglu_fwd, swiglu_bwd=swiglu._swiglu_bwd,
+    names = ("attention", "loss", "memory", "merge", "norm", "ring", "rope", "swiglu")
+    attention, loss, memory, merge, norm, ring, rope, swiglu = (importlib.import_module(f"kernels.{x}") for x in names)
+    return dict(attention_fwd=lambda *x: attention._attention_fwd(*x[:-1]),
+                attention_bwd=lambda *x: attention._attention_bwd(*x[:-1]), memory_fwd=memory._memory_fwd,
+                memory_bwd=memory._memory_bwd, linear_cross_entropy_fwd=loss._linear_cross_entropy_fwd,
+                apply_sink_logit_fwd=merge._sink_logit_fwd, apply_sink_logit_bwd=merge._sink_logit_bwd, rope=rope._rope,
+                rms_norm_fwd=norm._rms_norm_fwd, rms_norm_bwd=norm._rms_norm_bwd, swiglu_fwd=swiglu._swiglu_fwd,
+                swiglu_bwd=swiglu._swiglu_bwd,
                 ring_attention_fwd=ring._ring_fwd, ring_attention_bwd=ring._ring_bwd,
                 first_tokens=ring._first_tokens)
 
@@ -107,7 +110,10 @@ def as_on_a_gpu(group, sent):
 
 @functools.cache
 def model_on_meta(options):
-    config = GPTConfig(**SMALL | dict(options))
+    options = dict(options)
+    if "rope_scaling" in options:
+        options["rope_scaling"] = json.loads(options["rope_scaling"])
+    config = GPTConfig(**SMALL | options)
     with torch.device("meta"):
         model = GPT(config)
     for name, x in model.named_buffers():
@@ -115,8 +121,11 @@ def model_on_meta(options):
     return model
 
 
-def step(options, B, T, dtype, recompute, ranks=1, rank=0):
-    """-> bytes alive at most in one forward and backward pass, without weights; after the forward pass; bytes sent; the Case."""
+def step(options, B, T, dtype, recompute, ranks=1, rank=0, docs=False, skips=False):
+    """
+    One forward and backward pass -> bytes alive at most, without weights; those after the forward pass; bytes sent; the
+    planner's Case. skips: positions are given.
+    """
     model, sent = model_on_meta(tuple(options.items())), []
     model.compute_dtype = None if dtype == torch.float32 else dtype
     model.activation_checkpointing = recompute
@@ -124,12 +133,13 @@ def step(options, B, T, dtype, recompute, ranks=1, rank=0):
     model.ring = kernels.ring.Ring(group, model.config.layout) if ranks > 1 else None
     ids = torch.zeros(B, T // ranks, dtype=torch.int64, device="meta")
     with as_on_a_gpu(group, sent), StepBytes() as live:
-        _, loss = model(ids, ids, reduction="sum")
+        _, loss = model(ids, ids, reduction="sum", docs=ids if docs else None, positions=ids[0] if skips else None)
         kept = live.now
         (loss * 1.0).backward()
     for p in model.parameters():
         p.grad = None
-    case = Case(model.config, Sizes.of(model.config), B, T, ranks, 1, dtype.itemsize, recompute, False, False)
+    case = Case(config := model.config, Sizes.of(config), B, T, ranks, 1, dtype.itemsize, recompute, False, False, docs,
+                skips)
     return live.peak + 2 * ids.nbytes, kept, sum(sent), case
 
 
@@ -162,18 +172,32 @@ def test_peak(options, recompute):
         assert abs(planned(case) / peak - 1) < 0.1, f"{dtype}: measured {peak}, planned {planned(case):.0f}"
 
 
+LONGROPE = dict(rope_type="longrope", short_factor=[1.0] * 32, long_factor=[2.0] * 32, factor=4.0,
+                original_max_position_embeddings=2048)
+
+
+@pytest.mark.parametrize("recompute", (False, True))
+def test_documents_and_positions(recompute):
+    scaled = dict(rope_scaling=json.dumps(LONGROPE))
+    for options, more in ((dict(), dict(docs=True)), (dict(attention="infini"), dict(docs=True)), (scaled, dict()),
+                          (scaled, dict(skips=True)), (scaled, dict(ranks=4, rank=1))):
+        peak, _, _, case = step(options, 1, 4096, torch.bfloat16, recompute, **more)
+        assert abs(planned(case) / peak - 1) < 0.15, f"{options}, {more}: measured {peak}, planned {planned(case):.0f}"
+
+
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_what_the_forward_pass_keeps(options):
     _, kept, _, case = step(options, 2, 4096, torch.bfloat16, False)
     N, config = 2 * 4096, case.config
-    inputs_of_the_loss = N * config.n_embd * 2 * 2 + 4 * config.vocab_size * config.n_embd  # the last norm's and dx; dw
+    loss = N * config.n_embd * 2 * 2 + 4 * config.vocab_size * config.n_embd  # the last norm's input and dx; dw
     blocks = sum(sum(plan.attention_bytes(case, kind, N).values()) + sum(plan.mlp_bytes(case, N).values())
                  + plan.cast_bytes(case, case.sizes.qkv + case.sizes.others) for kind in config.layer_kinds)
-    assert abs((blocks + inputs_of_the_loss) / kept - 1) < 0.01, f"measured {kept}, planned {blocks + inputs_of_the_loss}"
+    assert abs((blocks + loss) / kept - 1) < 0.01, f"measured {kept}, planned {blocks + loss}"
 
 
-RING = [dict(), dict(attention="window"), dict(attention="window,full", n_kv_head=1), dict(attention="infini", segment=128),
-        dict(attention="infini,full", memory_rule="linear", segment=128, n_inner=128), dict(attention="blockwise", n_inner=128, block_size=8192)]
+RING = [dict(), dict(attention="window"), dict(attention="window,full", n_kv_head=1),
+        dict(attention="infini", segment=128), dict(attention="blockwise", n_inner=128, block_size=8192),
+        dict(attention="infini,full", memory_rule="linear", segment=128, n_inner=128)]
 
 
 @pytest.mark.parametrize("options", RING, ids=str)
@@ -185,12 +209,11 @@ def test_a_rank_of_a_ring(options):
         assert traffic(case, 1e12, 1e9).sent == pytest.approx(sent), f"{P} ranks"
 
 
-@pytest.mark.parametrize("options", (dict(), dict(window=9), dict(window=40), dict(window=1), dict(window=200)), ids=str)
+@pytest.mark.parametrize("W", (None, 1, 9, 40, 200))
 @pytest.mark.parametrize("attention", ("window", "window,full"))
-def test_hops_and_pairs(attention, options):
+def test_hops_and_pairs(attention, W):
     """The hops that kernels.ring makes, and at each of them every pair that is seen, one by one."""
-    kind, W = ("window", options["window"]) if options else ("full", None)
-    config = GPTConfig(**SMALL | dict(attention=attention, sinks=0) | options)
+    kind, config = "window" if W else "full", GPTConfig(**SMALL | dict(attention=attention, sinks=0, window=W or 1))
     for P, c in ((2, 48), (5, 16), (8, 12)):
         case = Case(config, Sizes(0, 0, 0, 0, 0), 1, P * c, P, 1, 2, False, False, False, explicit=True)
         masks = kernels.ring._Masks(P, c, config.layout, True, W, None, 0, 0, False)
@@ -208,13 +231,15 @@ def test_thresholds():
     for W, plain in ((300e9, 1040), (12.5e9, 24960)):
         forward, backward = (plan.threshold(case, a100, W, x) for x in (False, True))
         assert (forward, backward) == (pytest.approx(2 * plain), pytest.approx(2.4 * plain))
+        mixed = replace(config, n_layer=2, attention="full,infini", segment=64)  # contiguous
         for one, seen in ((replace(case, config=replace(config, n_kv_head=1)), 1 / 4), (replace(case, e=4), 2),
-                          (replace(case, config=replace(config, n_layer=2, attention="full,infini", segment=64)), 1 / 2)):
+                          (replace(case, config=mixed), 1 / 2)):
             assert plan.threshold(one, a100, W, False) == pytest.approx(seen * forward)
         for c, hides in ((math.ceil(forward / 2 + 1) * 2, True), (math.floor(forward / 2 - 1) * 2, False)):
             t = traffic(replace(case, T=8 * c), a100, W)
             assert (t.hidden_forward == t.forward) == hides
-        below, above = (traffic(replace(case, T=8 * c), a100, W) for c in (round(backward / 2) * 2 - 16, round(backward / 2) * 2 + 16))
+        c = round(backward / 2) * 2
+        below, above = (traffic(replace(case, T=8 * x), a100, W) for x in (c - 16, c + 16))
         assert above.hidden_backward == pytest.approx(above.backward - above.backward_hop + above.forward_hop)
         assert below.hidden_backward < below.backward - below.backward_hop + below.forward_hop
 
@@ -233,7 +258,8 @@ def test_weights_gradients_moments():
         assert (m.weights, m.gradients, m.optimizer) == (weights, weights, moments)
         assert max(m.activations, weights) + weights + moments <= m.peak <= m.activations + 2 * weights + moments
         spread = memory(replace(case, dp=8, fsdp=True))
-        assert (spread.gradients, spread.optimizer) == (weights / 8, moments / 8) and weights / 8 < spread.weights < weights
+        assert (spread.gradients, spread.optimizer) == (weights / 8, moments / 8)
+        assert weights / 8 < spread.weights < weights
         assert gradient_bytes(replace(case, dp=8), 5) == 2 * weights * 7 / 8
 
 
@@ -243,8 +269,8 @@ def test_longest():
     for gib in (1, 2, 4, 8):
         T = longest(case, gib * 2**30)
         config.check_shards(T, 4)
-        assert memory(replace(case, B=1, T=T)).peak <= gib * 2**30 < memory(replace(case, B=1, T=T + T // 500 // 8 * 8)).peak
-        assert T > last
+        fits, more = (memory(replace(case, B=1, T=x)).peak for x in (T, T + T // 500 // 8 * 8))
+        assert fits <= gib * 2**30 < more and T > last
         last = T
     assert longest(case, 1e6) is None
 
@@ -253,8 +279,9 @@ def test_command(tmp_path, capsys):
     """No data, no folder, no GPU; a table of 11 lines; mistakes in one line."""
     command = ["--plan", "--out", str(tmp_path / "runs"), "--data", str(tmp_path / "none"), "--block-size", "4096"]
     for more in ([], ["--sp", "6", "--block-size", "4128"], ["--attention", "window", "--window", "500", "--fsdp"],
-                 ["--attention", "infini", "--activation-checkpointing"], ["--sinks", "4", "--sink-tokens", "2", "--attention", "window"],
-                 ["--plan-gpu", "l4", "--dtype", "float32", "--plan-bandwidth", "12.5"], ["--n-head", "4", "--n-kv-head", "1"]):
+                 ["--attention", "infini", "--activation-checkpointing"],
+                 ["--attention", "window", "--sink-tokens", "2"], ["--plan-gpu", "l4", "--dtype", "float32", "--plan-bandwidth", "12.5"],
+                 ["--n-kv-head", "1"]):
         with pytest.raises(SystemExit) as stop:
             main(command + more)
         assert not stop.value.code
@@ -263,7 +290,8 @@ def test_command(tmp_path, capsys):
         rows = [line.split() for line in lines if re.match(r"[* ] +\d+ x \d+ ", line)]
         assert len(rows) == 11 + ("--sp" in more) and sum(row[0] == "*" for row in rows) == 1
     assert not list(tmp_path.iterdir())
-    for more, words in ((["--plan-gpu", "H1000"], "plan_gpu is 'H1000'"), (["--plan-bandwidth", "0"], "plan_bandwidth is 0.0"),
+    for more, words in ((["--plan-gpu", "H1000"], "plan_gpu is 'H1000'"),
+                        (["--plan-bandwidth", "0"], "plan_bandwidth is 0.0"),
                         (["--sp", "3"], "4096 tokens with 3 ranks"), (["--batch-tokens", "5"], "batch_tokens 5")):
         with pytest.raises(SystemExit, match=words) as stop:
             main(command + more)
