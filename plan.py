@@ -481,8 +481,8 @@ def summary(case: Case, name: str, gpu: Gpu, flops: float, given: float | None, 
              f"{c.n_kv_head} for keys and values, of {c.head_dim}",
              f"step: {tokens} tokens = {case.dp} group(s) of {case.sp} rank(s) x {n_micro} micro-step(s) x {case.B} "
              f"sequences x {case.T}",
-             f"memory: weights {'spread over all ranks (fsdp)' if case.fsdp else 'whole on every rank'}; activations {kind}, "
-             f"{'computed again' if case.checkpointing else 'kept'}{'; documents apart' if case.docs else ''}",
+             f"memory: weights {'spread over all ranks (fsdp)' if case.fsdp else 'whole on every rank'}; activations "
+             f"{kind}, {'computed again' if case.checkpointing else 'kept'}{'; documents apart' if case.docs else ''}",
              f"gpu: {name}, {gpu.memory / 1e9:.0f} GB, {flops / 1e12:.0f} TFLOP/s; "
              + "; ".join(f"{x / 1e9:g} GB/s {what}" for what, x in links)]
     if "full" in c.layer_kinds or "blockwise" in c.layer_kinds:

@@ -8,6 +8,7 @@ checked with tensors that hold memory. Bytes sent are those that the ring posts.
 import contextlib
 import functools
 import importlib
+import itertools
 import json
 import math
 import re
@@ -16,16 +17,17 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("triton")
 
 import kernels.ring
 import plan
-from helpers import LiveBytes
+from helpers import LiveBytes, run_ranks
 from kernels import backend
 from model import GPT, GPTConfig
 from plan import GPUS, Case, Sizes, gradient_bytes, hops, longest, memory, traffic
-from train import PEAK_FLOPS, main
+from train import PEAK_FLOPS, Place, TrainConfig, main, spread
 
 SMALL = dict(n_layer=4, n_head=4, n_kv_head=2, n_embd=256, vocab_size=512, block_size=4096, window=500, segment=1024)
 VARIANTS = [dict(), dict(attention="window"), dict(attention="infini"),
@@ -81,8 +83,11 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def as_on_a_gpu(group, sent):
-    """Tensors on "meta" take the GPU's path; kernels are not launched; `sent` collects the bytes of each hop."""
+def as_on_a_gpu(group, sent, alone=True):
+    """
+    Tensors take the GPU's path, kernels are not launched. alone: the other ranks of `group` are not there, and `sent`
+    collects the bytes of each hop.
+    """
     from triton.runtime.interpreter import GridExecutor
 
     def post(_, tensors):
@@ -97,13 +102,15 @@ def as_on_a_gpu(group, sent):
     def reduce(x, group):
         sent.append(x.nbytes * 2 * (group.size() - 1) / group.size())
 
+    patched = [(GridExecutor, "__call__", lambda *args, **options: None), (backend, "aot_arch", 90),
+               (backend, "_decide", lambda *_: True)]
+    if alone:
+        patched += [(kernels.ring, "_post", post), (kernels.memory, "_scan_ranks", scan), (dist, "all_reduce", reduce),
+                    (kernels.ring, "_resolve_process_group", lambda _: group),
+                    (torch.Tensor, "is_cuda", property(lambda _: True)),
+                    (torch, "autocast", lambda *args, **options: contextlib.nullcontext())]
     with contextlib.ExitStack() as stack:
-        for target, name, new in ((GridExecutor, "__call__", lambda *args, **options: None), (backend, "aot_arch", 90),
-                                  (backend, "_decide", lambda *_: True), (kernels.ring, "_post", post),
-                                  (kernels.memory, "_scan_ranks", scan), (kernels.ring.dist, "all_reduce", reduce),
-                                  (kernels.ring, "_resolve_process_group", lambda _: group),
-                                  (torch.Tensor, "is_cuda", property(lambda _: True)),
-                                  (torch, "autocast", lambda *args, **options: contextlib.nullcontext())):
+        for target, name, new in patched:
             stack.enter_context(mock.patch.object(target, name, new))
         yield
 
@@ -148,20 +155,51 @@ def planned(case):
     return memory(case).peak - 12 * case.sizes.all
 
 
+def allocated(model, ids):
+    """The most bytes that the allocator had given out at a time in a step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        model(ids, ids, reduction="sum")[1].backward()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0)
+    return live.max().item() + 2 * ids.nbytes
+
+
 @pytest.mark.parametrize("recompute", (False, True))
 @pytest.mark.parametrize("attention", ("full", "window", "infini,full"))
 def test_the_count_is_the_allocators(attention, recompute):
     """The count on "meta" against the allocator's own events, for the same step on tensors that hold memory."""
     options = dict(attention=attention, n_embd=128)
     expected = step(options, 1, 1024, torch.float32, recompute)[0]
-    model, ids = GPT(GPTConfig(**SMALL | options)), torch.zeros(1, 1024, dtype=torch.int64)
+    model = GPT(GPTConfig(**SMALL | options))
     model.activation_checkpointing = recompute
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        with as_on_a_gpu(None, []):
-            (model(ids, ids, reduction="sum")[1] * 1.0).backward()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0)
-    assert abs((live.max().item() + 2 * ids.nbytes) / expected - 1) < 0.03, f"{live.max()} and {expected}"
+    with as_on_a_gpu(None, []):
+        peak = allocated(model, torch.zeros(1, 1024, dtype=torch.int64))
+    assert abs(peak / expected - 1) < 0.03, f"{peak} and {expected}"
+
+
+def on_two_ranks(rank, world):
+    """Steps in a ring and with fsdp over gloo, on tensors that hold memory -> allocated and planned bytes of each."""
+    found, ids, config = [], torch.zeros(1, 512, dtype=torch.int64), GPTConfig(**SMALL | dict(n_embd=128))
+    for fsdp, recompute in ((False, False), (False, True), (True, False)):
+        sp, dp = (1, 2) if fsdp else (2, 1)
+        case = Case(config, Sizes.of(config), 1, 512 * sp, sp, dp, 4, recompute, fsdp, accumulate=True)
+        model, held = GPT(config), 16 * case.sizes.all  # weights, gradients, moments
+        model.activation_checkpointing = recompute
+        if fsdp:
+            spread(model, TrainConfig(compile=False), Place(rank, world, torch.device("cpu"), torch.float32, []))
+            held //= 2
+        else:
+            model.sequence_parallel(dist.group.WORLD)
+        with as_on_a_gpu(None, [], alone=False):
+            model(ids, ids, reduction="sum")[1].backward()
+            found.append((allocated(model, ids), memory(case).peak - held, f"{fsdp=}, {recompute=}"))
+    return found
+
+
+def test_on_two_ranks():
+    for found in run_ranks(2, on_two_ranks):
+        for allocated, planned, case in found:
+            assert abs(planned / allocated - 1) < 0.15, f"{case}: allocated {allocated}, planned {planned:.0f}"
 
 
 @pytest.mark.parametrize("recompute", (False, True))
@@ -280,8 +318,8 @@ def test_command(tmp_path, capsys):
     command = ["--plan", "--out", str(tmp_path / "runs"), "--data", str(tmp_path / "none"), "--block-size", "4096"]
     for more in ([], ["--sp", "6", "--block-size", "4128"], ["--attention", "window", "--window", "500", "--fsdp"],
                  ["--attention", "infini", "--activation-checkpointing"],
-                 ["--attention", "window", "--sink-tokens", "2"], ["--plan-gpu", "l4", "--dtype", "float32", "--plan-bandwidth", "12.5"],
-                 ["--n-kv-head", "1"]):
+                 ["--attention", "window", "--sink-tokens", "2"], ["--n-kv-head", "1"],
+                 ["--plan-gpu", "l4", "--dtype", "float32", "--plan-bandwidth", "12.5"]):
         with pytest.raises(SystemExit) as stop:
             main(command + more)
         assert not stop.value.code
