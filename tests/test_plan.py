@@ -177,6 +177,16 @@ def test_the_count_is_the_allocators(attention, recompute):
     assert abs(peak / expected - 1) < 0.03, f"{peak} and {expected}"
 
 
+@pytest.mark.parametrize("tied", (False, True))
+def test_large_vocabulary(tied):
+    """The end of the backward pass is the fullest point: a tied weight's gradient comes in two parts."""
+    model = GPT(config := GPTConfig(**SMALL | dict(vocab_size=8192, tie_embeddings=tied)))
+    case = Case(config, Sizes.of(config), 1, 16, 1, 1, 4, False, False, False)
+    with as_on_a_gpu(None, []):
+        peak = allocated(model, torch.zeros(1, 16, dtype=torch.int64))
+    assert abs(planned(case) / peak - 1) < 0.05, f"allocated {peak}, planned {planned(case):.0f}"
+
+
 def on_two_ranks(rank, world):
     """Steps in a ring and with fsdp over gloo, on tensors that hold memory -> allocated and planned bytes of each."""
     found, ids, config = [], torch.zeros(1, 512, dtype=torch.int64), GPTConfig(**SMALL | dict(n_embd=128))
@@ -230,7 +240,7 @@ def test_what_the_forward_pass_keeps(options):
     loss = N * config.n_embd * 2 * 2 + 4 * config.vocab_size * config.n_embd  # the last norm's input and dx; dw
     blocks = sum(sum(plan.attention_bytes(case, kind, N).values()) + sum(plan.mlp_bytes(case, N).values())
                  + plan.cast_bytes(case, case.sizes.qkv + case.sizes.others) for kind in config.layer_kinds)
-    assert abs((blocks + loss) / kept - 1) < 0.01, f"measured {kept}, planned {blocks + loss}"
+    assert abs((blocks + loss) / kept - 1) < 0.001, f"measured {kept}, planned {blocks + loss}"
 
 
 RING = [dict(), dict(attention="window"), dict(attention="window,full", n_kv_head=1),
@@ -295,7 +305,7 @@ def test_weights_gradients_moments():
         m = memory(case)
         assert (m.weights, m.gradients, m.optimizer) == (weights, weights, moments)
         assert max(m.activations, weights) + weights + moments <= m.peak <= m.activations + 2 * weights + moments
-        spread = memory(replace(case, dp=8, fsdp=True))
+        spread = memory(replace(case, sp=4, dp=2, fsdp=True))
         assert (spread.gradients, spread.optimizer) == (weights / 8, moments / 8)
         assert weights / 8 < spread.weights < weights
         assert gradient_bytes(replace(case, dp=8), 5) == 2 * weights * 7 / 8
