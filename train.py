@@ -128,7 +128,7 @@ class TrainConfig:
     batch_tokens: int | None = None  # tokens per optimizer step (default: one micro-step of every rank)
     sp: int = 1  # ranks that share each sequence, by ring attention: block_size / sp tokens on each
     fsdp: bool = False  # weights, gradients and optimizer are spread over all ranks: for a model that does not fit
-    timeout: int = 600  # seconds in which no rank answers until the others end; longer than a checkpoint takes to save
+    timeout: int = 600  # seconds to wait for another rank before giving up; saving a checkpoint must be faster
     lr: float = 2e-3  # peak learning rate
     warmup_steps: int = 50  # the learning rate rises linearly in them
     schedule: Literal["cosine", "wsd"] = "cosine"  # then: cosine, or constant with a linear decay at the end
@@ -677,7 +677,8 @@ def spread(model: GPT, config: TrainConfig, place: Place):
             block.forward = torch.compile(block.forward, dynamic=False)  # what gathers the weights stays outside
     fully_shard(model, mesh=mesh)
     if place.device.type == "cpu":  # gloo's own averages are sums in some versions (pytorch issue 162338)
-        model.set_force_sum_reduction_for_comms(True)
+        for module in (*model.blocks, model):
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def duration(seconds: float) -> str:

@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +30,7 @@ from kernels.ring import shard_sequence
 ROOT = Path(train.__file__).resolve().parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "NANOLONG_KERNELS": "reference", "TRITON_INTERPRET": "0"}
 TINY = ["--n-layer=2", "--n-head=2", "--n-kv-head=1", "--n-embd=32", "--block-size=64", "--batch-tokens=256",
-        "--max-steps=20", "--warmup-steps=4", "--log-every=1", "--eval-every=10", "--eval-tokens=450", "--save-every=10",
+        "--max-steps=20", "--warmup-steps=4", "--log-every=1", "--eval-every=10", "--eval-tokens=400", "--save-every=10",
         "--keep=9", "--device=cpu", "--no-compile", "--timeout=60"]
 SIZES = {1: 2, 2: 1, 4: 1}  # data-parallel groups: sequences per group, so that 1 and 2 of them take two micro-steps
 SHORT = ["--max-steps=4", "--save-every=4"]
@@ -47,7 +46,7 @@ VARIANTS = {
     "lengths": ["--attention=full", "--mask-documents", *SHORT, "--rope-scaling=" + json.dumps(dict(
         rope_type="longrope", factor=2, original_max_position_embeddings=32, short_factor=[1.0] * 8,
         long_factor=[1.0 + i / 4 for i in range(8)]))],
-    "passkey": ["--data=data/passkey", "--block-size=320", "--batch-tokens=1280", "--attention=full", *SHORT]}
+    "passkey": ["--data=data/passkey", "--block-size=320", "--batch-tokens=1280", "--attention=full", *SHORT]}  # so few targets that one of 4 ranks has none
 MESHES = [(1, 2), (1, 4), (2, 2), (4, 1)]
 
 
@@ -64,7 +63,7 @@ def resumed(variant, dp, sp, of, *more):
 
 
 SHOWN = [("hybrid", 1, 2), ("hybrid", 1, 4), ("hybrid", 2, 2), ("hybrid", 4, 1), ("full", 1, 4), ("window", 1, 4),
-         ("infini", 1, 4), ("carried", 2, 2), ("mixed", 2, 2), ("pose", 2, 2), ("lengths", 1, 2), ("passkey", 2, 2)]
+         ("infini", 1, 4), ("carried", 2, 2), ("mixed", 2, 2), ("pose", 2, 2), ("lengths", 1, 2), ("passkey", 1, 4)]
 RESUMED = [("hybrid", 1, 1), ("hybrid", 1, 4), ("carried", 1, 1)]
 JOBS = [*(on(variant, 1, 1, ranks=[i % 4]) for i, variant in enumerate(VARIANTS)), *(on(*case) for case in SHOWN),
         *(resumed(variant, dp, sp, "2x2") for variant, dp, sp in RESUMED),
@@ -214,8 +213,8 @@ def test_mistakes(world, options, words, tmp_path, monkeypatch):
 # ranks that are lost
 
 
-def lose(out, tmp_path, number, *more):
-    """Starts hybrid-1x2 over again as `lost`; its rank 1 gets a signal at step 13, in the middle of run."""
+def lose(out, tmp_path, number, dp, *more):
+    """The command's end that runs hybrid on dp x 2 ranks, as `lost`; its rank 1 gets a signal at step 13."""
     script = tmp_path / "lose.py"
     script.write_text(f"""
 import os, sys
@@ -230,7 +229,7 @@ def lost(*args):
 train.optimizer_step = lost
 train.main(sys.argv[1:])
 """)
-    _, name, options = on("hybrid", 1, 2, name="lost")
+    _, _, options = on("hybrid", dp, 2, name="lost")
     return [str(script), *TINY, f"--data={out}/data", f"--out={tmp_path}", *options, *more]
 
 
@@ -242,10 +241,9 @@ def check_words(words, run):
 
 
 def test_a_killed_rank_ends_the_job_and_the_run_goes_on_bit_by_bit(out, tmp_path):
-    began = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                           *lose(out, tmp_path, signal.SIGKILL)], env=ENV, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and time.monotonic() - began < 60
+                           *lose(out, tmp_path, signal.SIGKILL, 1)], env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
     check_words(done.stderr, tmp_path / "lost")
     assert "Traceback" not in done.stderr.split("torch/distributed/elastic")[0]
     (tmp_path / "data").symlink_to(out / "data")
@@ -257,15 +255,17 @@ def test_a_killed_rank_ends_the_job_and_the_run_goes_on_bit_by_bit(out, tmp_path
 
 
 def test_a_rank_that_hangs_ends_the_others(out, tmp_path):
+    """Rank 0 waits for it in their ring, the other two for both."""
     with socket.create_server(("127.0.0.1", 0)) as s:
-        env = {**ENV, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-    command = [sys.executable, *lose(out, tmp_path, signal.SIGSTOP, "--timeout=5")]
+        env = {**ENV, "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    command = [sys.executable, *lose(out, tmp_path, signal.SIGSTOP, 2, "--timeout=5")]
     ranks = [subprocess.Popen(command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.PIPE, text=True) for r in range(2)]
+                              stderr=subprocess.PIPE, text=True) for r in range(4)]
     try:
-        words = ranks[0].communicate(timeout=60)[1]
-        assert ranks[0].returncode == 1 and ranks[1].poll() is None
-        check_words(words, tmp_path / "lost")
+        words = [ranks[r].communicate(timeout=120)[1] for r in (0, 2, 3)]
+        assert [process.poll() for process in ranks] == [1, None, 1, 1]
+        check_words(words[0], tmp_path / "lost")
+        assert all(f"error on rank {r}: another rank died or does not answer" in text for r, text in zip((2, 3), words[1:]))
     finally:
         for process in ranks:
             process.kill()
