@@ -1,6 +1,6 @@
 """
-What the kernel tests share: the error criterion, guard bands, poisoned outputs, a count of live tensor bytes, processes that
-form a group.
+What the kernel tests share: the error criterion, guard bands, poisoned outputs, a count of live tensor bytes, processes
+that form a group.
 
     q, k = guarded(q), guarded(k)                     # copies inside NaN-filled buffers, same shapes and strides
     with poisoned_empty():                            # outputs start as NaN, between guard bands of their own

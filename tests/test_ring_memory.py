@@ -23,9 +23,11 @@ def runs(world):
     """(backend, dtype, rule, what): all with the reference, some with the kernels, in the interpreter, which is slow."""
     yield from (("reference", dtype, *case) for dtype in DTYPES for case in CASES)
     if HAVE_TRITON and 2 <= world <= 4:
-        yield from (("triton", dtype, "delta", "documents") for dtype in DTYPES)
+        yield "triton", torch.float64, "delta", "documents"
     if HAVE_TRITON and world == 3:
-        yield from (("triton", torch.float64, *case) for case in (("delta", "empty"), ("linear", "documents"), ("linear", "state")))
+        for dtype, *case in ((torch.float32, "delta", "documents"), (torch.float64, "delta", "empty"),
+                             (torch.float64, "linear", "documents")):
+            yield "triton", dtype, *case
 
 
 
@@ -43,9 +45,10 @@ def end_gradients(rank):
 
 
 def documents(T, c):
-    """One text begins with the second shard, others inside a segment, in the last of the first shard, in a shard's last token."""
+    """Texts that begin with the second shard, inside a segment, in the first shard's last segment (and go on over all of the
+    second), with the third's last token."""
     borders = torch.zeros(B, T, dtype=torch.int64)
-    for row, at in ((0, c), (0, 2 * c + 3), (1, c - 2), (1, c + 1), (1, 3 * c - 1)):
+    for row, at in ((0, c), (0, 2 * c + 3), (1, c - 2), (1, 3 * c - 1)):
         if at < T:
             borders[row, at] = 1
     return borders.cumsum(1) * 7 % 5
@@ -59,7 +62,7 @@ def call(inputs, rule, what, docs, group=None):
 
 
 def on_ranks(rank, world, c):
-    """Every run: this rank's out, M', z' and gradients, given its rows, and a state on every rank."""
+    """Every run: this rank's out, M', z' and gradients, given its rows, and the first state on every rank."""
     results, rows = {}, slice(rank * c, (rank + 1) * c)
     for backend, dtype, *case in runs(world):
         os.environ["NANOLONG_KERNELS"] = backend
@@ -93,7 +96,7 @@ def together(shards):
     return [rows[0], torch.stack(M), torch.stack(z), *rows[1:], torch.stack(grads[5]).sum(0), *(x[0] for x in grads[6:])]
 
 
-@pytest.mark.parametrize("world, c", [(1, 3 * N), (2, 3 * N), (3, 2 * N), (4, 3 * N), (8, N)])
+@pytest.mark.parametrize("world, c", [(1, 3 * N), (2, 3 * N), (3, 2 * N), (4, 2 * N), (8, N)])
 def test_equals_one_process(world, c):
     """Output, the memory after each rank, and each gradient alone, given gradients of all of these."""
     ranks = run_ranks(world, on_ranks, c, timeout=240)
@@ -128,7 +131,7 @@ def count_bytes(rank, world, backend, segments):
     return forward, sent
 
 
-@pytest.mark.parametrize("backend, segments", [("reference", 1), ("reference", 8), ("triton", 1)])
+@pytest.mark.parametrize("backend, segments", [("reference", 8), ("triton", 1)])
 def test_bytes(backend, segments):
     """D (D + 1) floats per kv head, hop and direction, and one document id per sequence, whatever the length."""
     if backend == "triton":
@@ -142,8 +145,8 @@ def mistakes(rank, world):
     messages = []
     for queries, keys in ((7, 7), (3, 3), (N, 2 * N), (2 * N, 2 * N)):
         try:
-            infini_attention(q[:, :queries], k[:, :keys], v[:, :keys], beta, q_rot=q_rot[:, :queries], k_rot=k_rot[:, :keys],
-                             segment=N, group=dist.group.WORLD)
+            infini_attention(q[:, :queries], k[:, :keys], v[:, :keys], beta, q_rot=q_rot[:, :queries],
+                             k_rot=k_rot[:, :keys], segment=N, group=dist.group.WORLD)
         except ValueError as error:
             messages.append(str(error))
     return messages
@@ -153,31 +156,25 @@ def test_mistakes():
     """Both numbers, on every rank, and no rank left waiting: the right call after them works."""
     first, second = run_ranks(2, mistakes)
     assert first == second == [
-        "infini_attention: the 7 tokens of each of 2 ranks are not whole segments of 4: give each 4, or choose a segment that "
-        "divides 7",
-        "infini_attention: the 3 tokens of each of 2 ranks are not whole segments of 4: give each 4, or choose a segment that "
-        "divides 3", "infini_attention: 4 queries and 8 keys: a rank of a group holds the same tokens of both"]
+        *(f"infini_attention: the {n} tokens of each of 2 ranks are not whole segments of 4: give each 4, or choose a "
+          f"segment that divides {n}" for n in (7, 3)),
+        "infini_attention: 4 queries and 8 keys: a rank of a group holds the same tokens of both"]
 
 
-def compiled(rank, world, backend):
+def compiled(rank, world):
     """The largest relative error of the compiled call against the eager one; the operators as PyTorch checks them."""
-    os.environ["NANOLONG_KERNELS"] = backend
     inputs, dout = tensors(2 * N)
     inputs, docs, results = [x.requires_grad_() for x in inputs], documents(2 * N, N), []
     for f in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
         outs = f(inputs, "delta", "documents", docs, dist.group.WORLD)
         results.append([*outs, *torch.autograd.grad(outs, inputs[:5], [dout, *end_gradients(rank)])])
-    if backend == "reference":
-        M, group = inputs[6].detach(), dist.group.WORLD.group_name
-        for reverse in (False, True):
-            torch.library.opcheck(torch.ops.nanolong.scan_ranks.default, (M, M.mT, M, group, reverse))
-        torch.library.opcheck(torch.ops.nanolong.document_before.default, (docs, group))
+    M, group = inputs[6].detach(), dist.group.WORLD.group_name
+    for reverse in (False, True):
+        torch.library.opcheck(torch.ops.nanolong.scan_ranks.default, (M, M.mT, M, group, reverse))
+    torch.library.opcheck(torch.ops.nanolong.document_before.default, (docs, group))
     return max(relative_error(x, y) for x, y in zip(*results))
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_compiles_whole(backend):
+def test_compiles_whole():
     """In one graph, equal to eager, on two ranks."""
-    if backend == "triton":
-        pytest.importorskip("triton")
-    assert max(run_ranks(2, compiled, backend)) < 1e-12
+    assert max(run_ranks(2, compiled)) < 1e-12
