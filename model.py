@@ -865,7 +865,7 @@ class GPT(nn.Module):
             self.config.shard_multiple(group.size())
         self.ring = None if group is None else Ring(group, self.config.layout)
 
-    def angles(self, start: int | None, T: int, explicit: bool, ring: Ring | None = None) -> dict[str, list[Angles]]:
+    def angles(self, start: int | None, T: int, explicit: bool) -> dict[str, list[Angles]]:
         """
         For each kind of layer what the T rows from position `start` on rotate by, one after another. Where the frequencies
         depend on the length of the text, it is p + 1 for a query at position p, or the layer's span if that is less: every
@@ -881,7 +881,7 @@ class GPT(nn.Module):
         step = max(1, L // 8) if c.rope_type == "dynamic" else sys.maxsize
         for kind in c.layer_kinds:
             span = c.span(kind)
-            if span <= L or ring is not None and T * ring.group.size() <= L:
+            if span <= L:
                 made[kind] = [first]
             elif explicit:
                 made[kind] = [first, self._angles(rows, L + 1)._replace(since=L)]
@@ -936,7 +936,7 @@ class GPT(nn.Module):
         n = c.sink_tokens if start == 0 else 0
         # a window that holds every token, where it counts them itself, is full attention
         whole = positions is None and start == 0 and n + ranks * idx.shape[1] <= c.sinks + c.window
-        explicit = positions is not None or ring is not None
+        explicit = positions is not None or ring is not None and ranks * idx.shape[1] > c.trained_length
         if positions is None and ring is not None:
             positions = shard_positions(idx.shape[1], *ring, idx.device)
         elif positions is None:
@@ -994,7 +994,7 @@ class GPT(nn.Module):
             state.in_segment.copy_(positions % c.segment)
             if "blockwise" in c.attention:
                 state.in_ring.copy_(positions % c.span("blockwise"))
-        angles = self.angles(start, x.shape[1], explicit, ring)
+        angles = self.angles(start, x.shape[1], explicit)
         recompute = self.activation_checkpointing and state is None and torch.is_grad_enabled()
         for block in self.blocks:
             x = block(x, recompute, angles, slopes, positions, explicit, docs, state, start, whole, ring)

@@ -38,17 +38,13 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from kernels.attention import _strided, attention
 from kernels.backend import arch, dot_precision, register, tl, triton, use_triton
+from kernels.ring import staged
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # a smaller weight is that of an empty memory
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # across ranks
-
-def _staged(x, group):
-    """x where `group` can send it from: gloo carries CPU tensors only."""
-    return x.cpu() if dist.get_backend(group) == "gloo" else x
-
 
 def _transfer(A, x):
     """A x for matrices A, or numbers (..., 1)."""
@@ -64,19 +60,19 @@ def _scan_ranks(B, A, own, group, reverse):
     rank, x = group.rank(), own.clone(memory_format=torch.contiguous_format)
     source, target = (rank + 1, rank - 1) if reverse else (rank - 1, rank + 1)
     if 0 <= source < group.size():
-        came = torch.empty_like(_staged(x, group))
+        came = torch.empty_like(staged(x, group))
         dist.recv(came, group=group, group_src=source)
         x += came.to(x.device)
     if 0 <= target < group.size():
         out = (_transfer(A.double(), x.double()) + B).to(x.dtype)  # small: one process's float32 has no TF32 here either
-        dist.send(_staged(out.contiguous(), group), group=group, group_dst=target)
+        dist.send(staged(out.contiguous(), group), group=group, group_dst=target)
     return x
 
 
 def _document_before(docs, group):
     """The id (B, 1) of the last token before this rank's docs (B, Tk); on the first rank that of the first token."""
     group = _resolve_process_group(group)
-    last = _staged(docs[:, -1:].contiguous(), group)
+    last = staged(docs[:, -1:].contiguous(), group)
     of_rank = [torch.empty_like(last) for _ in range(group.size())]
     dist.all_gather(of_rank, last, group=group)
     return of_rank[group.rank() - 1].to(docs.device) if group.rank() else docs[:, :1].contiguous().clone()

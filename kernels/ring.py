@@ -68,6 +68,11 @@ def _check_layout(layout):
         raise ValueError(f"layout {layout!r} is unknown: use one of {', '.join(LAYOUTS)}")
 
 
+def staged(x, group):
+    """x where the group can send it from: gloo carries CPU tensors only."""
+    return x.cpu() if dist.get_backend(group) == "gloo" else x
+
+
 def shard_sequence(x, group, layout="zigzag", dim=1):
     """
     This rank's shard of x, the same on every rank of `group`: ids, labels (shifted before), positions, document ids or
@@ -92,9 +97,10 @@ def unshard_sequence(x, group, layout="zigzag", dim=1):
     P, c = group.size(), x.shape[dim]
     if layout == "zigzag" and c % 2:
         raise ValueError(f"a shard of {c} tokens is not of layout zigzag, whose shards are two chunks of equal size")
-    x = x.detach().contiguous()
-    shards = [torch.empty_like(x) for _ in range(P)]
-    dist.all_gather(shards, x, group=group)
+    mine, device = staged(x.detach().contiguous(), group), x.device
+    shards = [torch.empty_like(mine) for _ in range(P)]
+    dist.all_gather(shards, mine, group=group)
+    shards = [shard.to(device) for shard in shards]
     if layout == "striped":
         return torch.stack(shards, dim % x.dim() + 1).flatten(dim % x.dim(), dim % x.dim() + 1)
     placed = [(piece.start, shard.narrow(dim, piece.row, piece.n)) for rank, shard in enumerate(shards)
@@ -279,9 +285,8 @@ def _post(group, sent):
     in one batch. -> a function that waits and returns what has come, one for each.
     """
     P, rank, ops, came = group.size(), group.rank(), [], []
-    staged = dist.get_backend(group) == "gloo"  # which carries CPU tensors only
     for x, n in sent:
-        out = x.cpu() if staged else x
+        out = staged(x, group)
         came.append(torch.empty_like(out))
         ops.append(dist.P2POp(dist.isend, out, group=group, group_peer=(rank + n) % P))
         ops.append(dist.P2POp(dist.irecv, came[-1], group=group, group_peer=(rank - n) % P))

@@ -261,6 +261,8 @@ MODELS = [dict(), dict(attention="window", window=10, sinks=3), dict(attention="
           dict(attention="window", window=60, sinks=4), dict(attention="blockwise", block_size=24),
           dict(position="alibi", attention="window,full", window=9, sinks=2), dict(position="xpos"),
           dict(sink_logit=True, recompute=True), dict(docs=True), dict(rope_scaling=LONGROPE), dict(rope_scaling=LONGROPE, docs=True),
+          dict(rope_scaling=LONGROPE | dict(original_max_position_embeddings=64)),
+          dict(rope_scaling=LONGROPE | dict(original_max_position_embeddings=70), skip=True),
           dict(parallel_residual=True, shared_norm=True, norm="layernorm", bias=True, recompute=True),
           dict(attention="infini", segment=8), dict(attention="infini,full", segment=4, recompute=True),
           dict(attention="infini,window", segment=8, memory_rule="linear", window=12, sinks=2),
@@ -270,7 +272,7 @@ MODELS = [dict(), dict(attention="window", window=10, sinks=3), dict(attention="
 def run_model(fields, group):
     """A model's loss, logits, gradients and memory-bounded generation, in a ring or by one process."""
     fields, n = dict(fields), 64
-    docs, recompute = fields.pop("docs", False), fields.pop("recompute", False)
+    docs, recompute, skip = (fields.pop(name, False) for name in ("docs", "recompute", "skip"))
     torch.manual_seed(5)
     model = randomised(GPT(GPTConfig(**dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, vocab_size=50, block_size=n) | fields)))
     model.sequence_parallel(group)
@@ -279,7 +281,9 @@ def run_model(fields, group):
     targets[0, 5] = -100
     docs = torch.arange(n).expand(2, n) // 23 if docs else None
     positions = torch.arange(n) - docs * 23 if docs is not None and model.config.by_length else None
-    shard = (lambda x: x) if group is None else lambda x: x if x is None else shard_sequence(x, *model.ring)
+    if skip:  # as by PoSE: beyond the trained length
+        positions = torch.arange(n) + 40 * (torch.arange(n) > 20)
+    shard = (lambda x: x) if group is None else lambda x: x if x is None else shard_sequence(x, *model.ring, -1)
     inputs = dict(docs=shard(docs), positions=shard(positions))
     loss = model(shard(idx), shard(targets), reduction="sum", **inputs)[1]
     loss.backward()
