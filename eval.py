@@ -6,12 +6,16 @@ What a model can do with a long text, as a table, a JSON file and a picture.
     python eval.py lengths --lengths 512 1024 2048 --scaling as-is yarn    the same tokens after more and more text
     python eval.py passkey quickstart --lengths 1024 4096 16384            does it remember a number for so long?
     python eval.py stream --model data/smollm2/model --attention 4+1020 --at 1000 50000 --minutes 10
+    torchrun --nproc-per-node 4 eval.py lengths --lengths 65536 262144     4 GPUs share each text, by ring attention
 
 The model is chosen as in sample.py. `--attention` lists what is compared: `full`; S+W, a window of W tokens with S sinks
 (StreamingLLM, arXiv 2309.17453); `blockwise`, each half of the trained length sees itself and the one before (LeX,
 arXiv 2212.10554); `recompute+W`, each token predicted from a fresh pass over the W before it, the slow way that
 streaming stands in for, at sampled positions; without it the model as it is.
 Results go to evals/<name>.json, after each of them, and .png. Needs matplotlib for the picture.
+
+Under torchrun every rank holds its part of each text, and the numbers are those of one process: perplexity and lengths
+are one pass over the whole text, passkey reads its prompts so. What ranks cannot share is refused.
 """
 
 import importlib.util
@@ -23,7 +27,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,9 +43,10 @@ from data.loader import sample_rng
 from data.passkey.task import HELD_OUT, Task, passkey
 from data.tokenizer import Tokenizer
 from kernels import linear_cross_entropy
+from kernels.ring import shard_positions, shard_sequence, unshard_sequence
 from model import GPT
-from sample import SHIPPED, find_model, load, scaling_fields, size
-from train import Place, TrainConfig, choose_place
+from sample import SHIPPED, all_ranks, find_model, load, scaling_fields, size
+from train import Place
 
 RESULTS = Path("evals")
 
@@ -112,9 +117,8 @@ class Passkey(Chunked):
     diagnose: bool = False  # also how much of what infini layers' memories hold for the answer's queries is the needle
 
 
-def choose(opt: Common) -> tuple[Place, str, dict]:
-    """Where to compute, the folder or hub id of the model, and the result to fill. ValueError, SystemExit."""
-    place = choose_place(TrainConfig(device=opt.device, dtype=opt.dtype))
+def choose(opt: Common, place: Place) -> tuple[str, dict]:
+    """The folder or hub id of the model, and the result to fill. ValueError, SystemExit."""
     for attention in opt.attention:
         overrides(attention)  # before any work
     if opt.name is not None and "/" in opt.name:
@@ -125,18 +129,35 @@ def choose(opt: Common) -> tuple[Place, str, dict]:
         raise SystemExit("--transformers needs a package that is not installed: pip install transformers")
     if opt.run is not None and opt.model is not None:
         raise SystemExit(f"run {opt.run} and --model {opt.model}: give one of them")
+    if place.world > 1:
+        check_ranks(opt, place.world)
     name = str(find_model(opt.run, opt.model) or SHIPPED)
-    return place, name, dict(command=type(opt).__name__.lower(), options=asdict(opt), model=name, variants=[])
+    ranks = dict(ranks=place.world) if place.world > 1 else {}
+    return name, dict(command=type(opt).__name__.lower(), options=asdict(opt), model=name, **ranks, variants=[])
+
+
+def check_ranks(opt: Common, ranks: int):
+    """SystemExit for what several ranks have no use for: they share the tokens of one pass."""
+    fresh = next((x for x in opt.attention if x.startswith("recompute+")), None)
+    chunk = getattr(opt, "chunk", Chunked.chunk)
+    for wrong, what, why in (
+            (isinstance(opt, Stream), "eval.py stream", "a stream is one token after another: leave torchrun away"),
+            (fresh, f"--attention {fresh}", "its passes are short and stand alone: leave it or torchrun away"),
+            (chunk != Chunked.chunk, f"--chunk {chunk}", "a text is read in one pass: leave it or torchrun away"),
+            (getattr(opt, "diagnose", False), "--diagnose", "it needs all keys in one place: leave it or torchrun away")):
+        if wrong:
+            raise SystemExit(f"{what} with {ranks} ranks: {why}")
 
 
 def each_model(opt: Common, place: Place, name: str, **fields) -> Iterator[tuple[str, GPT, Tokenizer]]:
     """
     Each of opt.attention, with the model whose attention it is, where to compute, and its tokenizer. `fields` replace
-    more of its GPTConfig. SystemExit.
+    more of its GPTConfig. ValueError for a model whose sequences several ranks cannot share, SystemExit.
     """
     for attention in opt.attention:
         kept = {key: x for key, x in fields.items() if (attention, key) != ("blockwise", "block_size")}  # its blocks are halves
         model, tokenizer = load(name, overrides(attention) | kept)
+        model.sequence_parallel(place.group)
         yield attention, model.to(place.device, place.dtype), tokenizer
 
 
@@ -145,7 +166,9 @@ def stem_of(opt: Common, name: str) -> str:
     return str(RESULTS / (opt.name or "-".join([type(opt).__name__.lower(), *Path(name).resolve().parts[-2:]])))
 
 
-def save(opt: Common, result: dict):
+def save(opt: Common, result: dict, place: Place):
+    if place.rank:
+        return
     RESULTS.mkdir(exist_ok=True)
     Path(f"{stem_of(opt, result['model'])}.json").write_text(json.dumps(result, indent=1))
 
@@ -199,6 +222,29 @@ def memory_now(device: torch.device) -> int:
         return 0
 
 
+@torch.no_grad()
+def of_last(model: GPT, x: torch.Tensor, y: torch.Tensor, score: Callable, alone: bool = False) -> torch.Tensor:
+    """
+    What score(hidden (B, m, C), y (B, m)) -> (B, m) gives for the last n tokens of x (B, T), each with its own of
+    y (B, n), after one pass over x from position 0: (B, n) float32 on the CPU. The ranks of the model's ring share x,
+    each scores the tokens that it holds, and all get the result; with `alone` each does it by itself.
+    """
+    before = x.shape[1] - y.shape[1]
+    if model.ring is None or alone:
+        return score(model.hidden(x, alone=True)[:, before:], y).float().cpu()
+    x, y = (shard_sequence(whole, *model.ring) for whole in (x, F.pad(y, (before, 0))))
+    mine = shard_positions(x.shape[1], *model.ring, x.device) >= before
+    hidden, scores = model.hidden(x)[:, mine], torch.zeros(x.shape, device=x.device)
+    if hidden.shape[1]:
+        scores[:, mine] = score(hidden, y[:, mine]).float()
+    return unshard_sequence(scores, *model.ring)[:, before:].cpu()
+
+
+def nll_of(model: GPT) -> Callable:
+    """For of_last: the nll of y."""
+    return lambda hidden, y: linear_cross_entropy(hidden, model.output_weight, y, reduction="none")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # perplexity
 
@@ -229,9 +275,21 @@ def recompute_nll(model: GPT, ids: torch.Tensor, window: int, positions: list[in
     return torch.stack(parts)
 
 
-def perplexity(opt: Perplexity) -> dict:
+def shared_nll(model: GPT, ids: torch.Tensor) -> torch.Tensor:
+    """stream_nll's nll, by one pass that the ranks of a ring share. ValueError for a number that they cannot share."""
+    ranks, n = model.ring.group.size(), len(ids) - 1
+    if n % (multiple := model.config.shard_multiple(ranks)):
+        low = n // multiple * multiple + 1
+        raise ValueError(f"--tokens {n + 1} with {ranks} ranks and attention {model.config.attention}: all but the last are "
+                         f"read, and must be a multiple of {multiple}: use --tokens "
+                         f"{f'{low} or ' if low > 1 else ''}{low + multiple}")
+    ids = ids[None].to(model.wte.weight.device)
+    return of_last(model, ids[:, :-1], ids[:, 1:], nll_of(model))[0]
+
+
+def perplexity(opt: Perplexity, place: Place) -> dict:
     """Evaluates and prints each of opt.attention -> what the JSON file holds. ValueError, SystemExit."""
-    place, name, result = choose(opt)
+    name, result = choose(opt, place)
     edges = torch.linspace(0, opt.tokens - 1, opt.bins + 1).round().long().tolist()
     samples = result["samples"] = torch.linspace(
         opt.tokens // (2 * opt.samples), opt.tokens - 2, opt.samples).long().tolist()
@@ -243,7 +301,8 @@ def perplexity(opt: Perplexity) -> dict:
             variant |= dict(ppl_at_samples=math.exp(nll.mean()), tok_per_s=len(samples) / (time.perf_counter() - began),
                             standard_error=float(nll.std() / len(nll)**0.5), sample_nll=nll.tolist())
         else:
-            nll, memory = stream_nll(model, ids, opt.chunk, attention)
+            nll, memory = (stream_nll(model, ids, opt.chunk, attention) if model.ring is None else
+                           (shared_nll(model, ids), []))
             variant |= dict(
                 tok_per_s=len(nll) / (time.perf_counter() - began), ppl=math.exp(nll.double().mean()),
                 second_half=math.exp(nll[len(nll) // 2:].double().mean()), word_ppl=math.exp(nll.double().sum() / words),
@@ -252,7 +311,7 @@ def perplexity(opt: Perplexity) -> dict:
                 by_position=[dict(start=a, end=b, ppl=math.exp(nll[a:b].double().mean()))
                              for a, b in itertools.pairwise(edges)], memory=memory)
         result["variants"].append(variant)
-        save(opt, result)
+        save(opt, result, place)
         print(f"{attention:>16}  " + "  ".join(f"{key} {variant[key]:.4g}" for key in (
             "ppl", "second_half", "word_ppl", "bits_per_byte", "ppl_at_samples", "tok_per_s") if key in variant), flush=True)
     streams = [v for v in result["variants"] if "by_position" in v]
@@ -269,7 +328,7 @@ def draw_perplexity(result: dict, axes):
             middle = [(b["start"] + b["end"]) / 2 for b in variant["by_position"]]
             axes[0].plot(middle, [b["ppl"] for b in variant["by_position"]], label=name)
             at = [m["position"] for m in variant["memory"]]
-            for key in ("process", "state"):
+            for key in ("process", "state") if at else ():
                 axes[1].plot(at, [m[key] / 2**20 for m in variant["memory"]], label=f"{key}, {name}")
         else:
             base = next((v for v in result["variants"] if "by_position" in v), None)
@@ -337,9 +396,9 @@ def watch(model: GPT, state, token, minutes: float) -> list[dict]:
 
 
 @torch.no_grad()
-def stream(opt: Stream) -> dict:
+def stream(opt: Stream, place: Place) -> dict:
     """Times and prints each of opt.attention -> what the JSON file holds. ValueError, SystemExit."""
-    place, name, result = choose(opt)
+    name, result = choose(opt, place)
     for attention, model, tokenizer in each_model(opt, place, name):
         ids = read_tokens(opt.text, tokenizer, max(max(opt.at), 8 * opt.chunk) + 1)[0].to(place.device)
         variant = dict(attention=attention, state=model.new_state(1).nbytes)
@@ -371,7 +430,7 @@ def stream(opt: Stream) -> dict:
                   f"{size(max(p['process'] for p in points[:third]))} at most in the first third, "
                   f"{size(max(p['process'] for p in points[-third:]))} in the last", flush=True)
         result["variants"].append(variant)
-        save(opt, result)
+        save(opt, result, place)
     return result
 
 
@@ -419,8 +478,7 @@ def last_nll(model: GPT, windows: torch.Tensor, targets: int, prefix: list[int],
     for ids in tqdm(windows.split(batch_size), title, unit="batch", leave=False, disable=True if title is None else None):
         x, y = ids[:, :-1].clone(), ids[:, -targets:].to(device)
         x[:, :len(prefix)] = torch.tensor(prefix, dtype=x.dtype)
-        hidden = model.hidden(x.to(device))[:, -targets:]
-        parts.append(linear_cross_entropy(hidden, model.output_weight, y, reduction="none").float().cpu())
+        parts.append(of_last(model, x.to(device), y, nll_of(model)))
     return torch.cat(parts)
 
 
@@ -431,21 +489,24 @@ def copied(model: GPT, windows: torch.Tensor, n: int, prefix: list[int], batch_s
     last n tokens are replaced by the first n -> the fraction of the second half of these that are the likeliest tokens;
     and that of the same tokens when the model sees nothing but the n: what it would have guessed anyway.
     """
-    device, half, right = model.wte.weight.device, n // 2, torch.zeros(2, dtype=torch.int64)
+    device, half, right = model.wte.weight.device, n // 2, torch.zeros(2)
+
+    def is_likeliest(hidden, y):
+        return F.linear(hidden, model.output_weight.to(hidden.dtype)).argmax(-1) == y
+
     for ids in windows.split(batch_size):
         first = ids[:, len(prefix):len(prefix) + n]
         start = torch.tensor(prefix, dtype=ids.dtype).expand(len(ids), -1)
         seen = torch.cat([start, ids[:, len(prefix):-n], first], 1)
+        y = F.pad(first[:, -half:], (0, 1)).to(device)  # nothing follows the last token, which is not counted
         for i, x in enumerate((seen, torch.cat([start, first], 1))):
-            hidden = model.hidden(x[:, :-1].to(device))[:, -half:]
-            likeliest = F.linear(hidden, model.output_weight.to(hidden.dtype)).argmax(-1).cpu()
-            right[i] += (likeliest == first[:, -half:]).sum()
+            right[i] += of_last(model, x.to(device), y, is_likeliest, alone=i == 1)[:, :-1].sum()
     return tuple((right / (len(windows) * half)).tolist())
 
 
-def compare_lengths(opt: Lengths) -> dict:
+def compare_lengths(opt: Lengths, place: Place) -> dict:
     """Evaluates and prints each of opt.scaling with each of opt.attention -> what the JSON holds. ValueError, SystemExit."""
-    place, name, result = choose(opt)
+    name, result = choose(opt, place)
     lengths = sorted(set(opt.lengths))
     for what, least in (("targets", opt.targets), ("copy", 2 * opt.copy)):
         if lengths[0] < least:
@@ -462,6 +523,8 @@ def compare_lengths(opt: Lengths) -> dict:
         if opt.copy else "") + f"\n{'tokens':>24}" + "".join(f"{n:>11}" for n in lengths))
     for scaling in opt.scaling:
         for attention, model, tokenizer in each_model(opt, place, name, **fields[scaling]):
+            for n in lengths if model.ring is not None else []:
+                model.config.check_shards(n, place.world)
             windows = read_windows(opt.text, tokenizer, opt.windows, lengths[-1] + 1) if windows is None else windows
             stem = Path(scaling).stem if os.path.isfile(scaling) else scaling
             label = stem if attention == "as-is" else f"{stem}, {attention}"
@@ -478,7 +541,7 @@ def compare_lengths(opt: Lengths) -> dict:
                 if opt.copy:
                     share = copied(model, windows[:, -n:], opt.copy, *args)
                     variant["cells"][-1] |= dict(copied=share[0], guessed=share[1])
-                save(opt, result)
+                save(opt, result, place)
             print(f"{label:>24}" + "".join(f"{c['ppl']:>11.4g}" for c in variant["cells"]), flush=True)
             if opt.copy:
                 shares = [f"{100 * c['copied']:.0f} ({100 * c['guessed']:.0f})" for c in variant["cells"]]
@@ -557,17 +620,18 @@ def needle_shares(model: GPT, state, task: Task):
 def answers(model: GPT, tasks: list[Task], opt: Passkey, vocab_size: int,
             title: str = "") -> tuple[list[list[int]], int, torch.Tensor | None]:
     """
-    The likeliest tokens, one at a time, after the whole prompts, opt.chunk tokens of each in a pass: as many as the true
-    answer has. The tasks are laid out alike -> ids of each answer, bytes of the state of one sequence and, with
-    opt.diagnose, needle_shares averaged over the answer, (B, infini layers, H).
+    The likeliest tokens, one at a time, after the whole prompts, opt.chunk tokens of each in a pass, or all that ranks
+    can share: as many as the true answer has. The tasks are laid out alike -> ids of each answer, bytes of the state of
+    one sequence and, with opt.diagnose, needle_shares averaged over the answer, (B, infini layers, H).
     """
     prompts = torch.from_numpy(np.stack([task.prompt for task in tasks])).to(model.wte.weight.device)
     state, n = model.new_state(len(tasks)), len(tasks[0].answer)
     with needle_shares(model, state, tasks[0]) if opt.diagnose else nullcontext() as shares:
-        for part in tqdm(prompts[:, :-1].split(opt.chunk, dim=1), title, unit="chunk", leave=False, disable=None):
-            model.hidden(part, state=state)
-        made = list(model.generate(prompts[:, -1:], n, state, temperature=0, vocab_size=vocab_size,
-                                   cuda_graphs=False))
+        if model.ring is None:
+            for part in tqdm(prompts[:, :-1].split(opt.chunk, dim=1), title, unit="chunk", leave=False, disable=None):
+                model.hidden(part, state=state)
+            prompts = prompts[:, -1:]
+        made = list(model.generate(prompts, n, state, temperature=0, vocab_size=vocab_size, cuda_graphs=False))
     shares = torch.stack(shares, 1).unflatten(1, (n, -1)).mean(1).cpu() if opt.diagnose else None
     return torch.stack(made, 1).tolist(), state.nbytes // len(tasks), shares
 
@@ -594,12 +658,17 @@ def score(model: GPT, tokenizer, opt: Passkey, length: int, depth: float, title:
                 **(dict(needle_share=torch.cat(shares).mean(0).tolist()) if opt.diagnose else {}))
 
 
-def evaluate_passkey(opt: Passkey) -> dict:
+def evaluate_passkey(opt: Passkey, place: Place) -> dict:
     """Evaluates and prints each of opt.attention -> what the JSON file holds. ValueError, SystemExit."""
-    place, name, result = choose(opt)
+    name, result = choose(opt, place)
     for attention, model, tokenizer in each_model(opt, place, name):
         for depth in opt.depths:  # before any work
-            passkey(tokenizer, min(opt.lengths), depth, sample_rng(0, 0, 0))
+            shortest = passkey(tokenizer, min(opt.lengths), depth, sample_rng(0, 0, 0))
+        least = 0 if model.ring is None else model.config.shard_multiple(place.world) + 1
+        if len(shortest.prompt) < least:
+            raise SystemExit(f"--lengths {min(opt.lengths)} with {place.world} ranks: its prompts of {len(shortest.prompt)} "
+                             f"tokens are too short to share, which takes {least}: use --lengths "
+                             f"{least + min(opt.lengths) - len(shortest.prompt)} or more")
         infini = [block.attn for block, kind in zip(model.blocks, model.config.layer_kinds) if kind == "infini"]
         if not infini and (opt.diagnose or not opt.memory):
             raise SystemExit(f"--{'diagnose' if opt.diagnose else 'no-memory'} with attention {model.config.attention} of "
@@ -614,7 +683,7 @@ def evaluate_passkey(opt: Passkey) -> dict:
             for depth in opt.depths:
                 cells.append(score(model, tokenizer, opt, length, depth, attention))
                 result["variants"][-1]["cells"].append(cells[-1])
-                save(opt, result)
+                save(opt, result, place)
             print(f"{length:>9}" + "".join(f"{100 * c['exact']:>9.0f}{100 * c['digits']:>7.0f}" for c in cells)
                   + f"{size(cells[-1]['state']):>12}{cells[-1]['tok_per_s']:>10.0f}", flush=True)
             for c in cells if opt.diagnose else []:
@@ -655,12 +724,19 @@ def main(argv: list[str] | None = None):
             raise SystemExit(f"--{name} without a value: give one, or leave it away")
     evaluate, draw = {Perplexity: (perplexity, draw_perplexity), Passkey: (evaluate_passkey, draw_passkey),
                       Lengths: (compare_lengths, draw_lengths), Stream: (stream, draw_stream)}[type(opt)]
-    logging.basicConfig(format="%(message)s")  # to stderr
-    logging.getLogger("nanolong").setLevel(logging.INFO)
     try:
-        result = evaluate(opt)
+        with all_ranks(opt.device, opt.dtype) as place:
+            logging.basicConfig(format="%(message)s")  # to stderr
+            logging.getLogger("nanolong").setLevel(logging.INFO)
+            result = evaluate(opt, place)
     except ValueError as e:
         raise SystemExit(str(e)) from None
+    if place.rank == 0:
+        picture(opt, result, draw)
+
+
+def picture(opt: Common, result: dict, draw: Callable):
+    """Draws the result, where there is something to draw and matplotlib to do it, and says what was written."""
     stem = stem_of(opt, result["model"])
     written = [f"{stem}.json"]
     if importlib.util.find_spec("matplotlib") is None:
@@ -670,6 +746,9 @@ def main(argv: list[str] | None = None):
         axes = (figure := Figure(figsize=(11, 4), dpi=120)).subplots(1, 2)
         draw(result, axes)
         for ax in axes:
+            if not ax.has_data():
+                ax.set_visible(False)
+                continue
             ax.grid(alpha=0.3)
             ax.legend(fontsize="small")
         figure.savefig(f"{stem}.png", bbox_inches="tight")

@@ -9,6 +9,7 @@ Streaming generation without end, and chat, from a run that train.py wrote or fr
     cat book.txt | python sample.py --temperature 0        stdin is the prompt when it is a pipe or a file
     python sample.py --max-new-tokens 100 --json | jq -r .text
     python sample.py --save-state s                        until Ctrl-C; then --load-state s goes on as if never ended
+    torchrun --nproc-per-node 4 sample.py --prompt FILE:book.txt      4 GPUs read the prompt together, by ring attention
 
 Text goes to stdout as it comes: the prompt (but for --no-echo), then the continuation; all else goes to stderr. stdout
 is always valid UTF-8: a character waits for its last byte, and bytes that cannot become one show as U+FFFD. Where a
@@ -16,6 +17,9 @@ document ends or begins (the tokenizer's eot, its prefix) there is a blank line,
 SIGTERM end it with a speed report and exit code 0, or 130 when they cut short what --max-new-tokens asked for; in a
 chat Ctrl-C ends the reply, and at the prompt the chat. They wait for the step at hand; sent again, they do not, and no
 state is saved. A user's mistake is one line and exit code 1 (2 for an unknown option).
+
+Under torchrun every rank reads its part of a new prompt, as much of it as they can share; then all have what the model
+remembers of it, rank 0 goes on alone, as one process does, and the others end.
 """
 
 import codecs
@@ -30,13 +34,15 @@ import signal
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
@@ -44,8 +50,9 @@ from data.chat import Chat, converse, read_prompt
 from data.pretrained import find_folder, load_fields
 from data.tokenizer import Tokenizer, load_tokenizer
 from kernels.backend import use_triton
+from kernels.ring import shard_sequence
 from model import GPT, GPTConfig, State, read_rope_scaling
-from train import TrainConfig, choose_place, fsync
+from train import Place, TrainConfig, choose_place, connect, from_rank0, fsync, is_lost, total
 
 SHIPPED = Path(__file__).parent / "data/stories260k"
 
@@ -106,6 +113,39 @@ def check(opt: Options):
 
 def say(*lines: str):
     print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def all_ranks(device: str, dtype: str) -> Iterator[Place]:
+    """
+    Where to compute. Under torchrun, inside it, all ranks are one group, the Place's, to share a sequence, and only
+    rank 0 is heard. A rank that dies or does not answer ends the others, each with one line. SystemExit for a device
+    that is not there.
+    """
+    config = TrainConfig(device=device, dtype=dtype, sp=int(os.environ.get("WORLD_SIZE", 1)))
+    try:
+        place = choose_place(config)
+    except ValueError as e:
+        raise SystemExit(str(e)) from None
+    try:
+        with ExitStack() as stack:
+            if place.rank:
+                nothing = open(os.devnull, "w")
+                stack.enter_context(redirect_stdout(nothing))
+                stack.enter_context(redirect_stderr(nothing))
+            connect(config, place)
+            yield place
+            if dist.is_initialized():
+                total(place, 0)  # gloo's threads may abort a process that leaves while others still talk to it
+    except RuntimeError as e:
+        if not is_lost(e):
+            raise
+        print(f"error on rank {place.rank}: another rank died or does not answer ({' '.join(str(e).split())[:300]})",
+              file=sys.stderr, flush=True)
+        os._exit(1)  # to close the process group may take for ever
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -342,6 +382,27 @@ def stream(model: GPT, tokenizer: Tokenizer, ids: list[int], opt: Options, s: St
     emit(None, "" if opt.save_state else s.decoder.decode(b"", final=True))  # a saved stream may complete the character
 
 
+@torch.no_grad()
+def read_together(model: GPT, ids: list[int], s: Stream, place: Place) -> list[int]:
+    """
+    All ranks feed the beginning of `ids`, as much as they can share, to their new states, which are the same after it;
+    then there is no group any more -> the ids that are left for rank 0. ValueError for a prompt that they cannot share.
+    """
+    begin, n = time.perf_counter(), model.config.shard_multiple(place.world)
+    shared = (len(ids) - 1) // n * n
+    if not shared:
+        raise ValueError(f"a prompt of {len(ids)} tokens with {place.world} ranks: too short to share, which takes {n + 1} "
+                         f"at least with attention {model.config.attention}: use a longer one, or leave torchrun away")
+    model.sequence_parallel(place.group)
+    say(f"prompt: {place.world} ranks read the first {shared} of {len(ids)} tokens together, {model.ring.layout}")
+    model.hidden(shard_sequence(torch.tensor([ids[:shared]], device=place.device), *model.ring), state=s.state)
+    total(place, 0)
+    model.sequence_parallel(None)
+    dist.destroy_process_group()
+    s.took.update(prompt_tokens=shared, prompt_seconds=time.perf_counter() - begin)
+    return ids[shared:]
+
+
 def size(nbytes: int) -> str:
     """1536 -> 1.5 KiB"""
     power = min(4, max(0, nbytes.bit_length() - 1) // 10)
@@ -414,13 +475,29 @@ def main(argv: list[str] | None = None) -> int:
     """The command line (argv: without the program's name) -> exit code. SystemExit, one line, for a user's mistake."""
     opt = tyro.cli(Options, prog="sample.py", args=argv)
     check(opt)
+    with all_ranks(opt.device, opt.dtype) as place:
+        return sample(opt, place)
+
+
+def sample(opt: Options, place: Place) -> int:
+    """All that main does, once it is known where."""
+    for used, what in ((opt.chat, "--chat"), (opt.load_state, "--load-state")):
+        if used and place.world > 1:
+            raise SystemExit(f"{what} with {place.world} ranks: they share the beginning of one text only: leave {what} "
+                             "or torchrun away")
+
+    def read() -> str | None:
+        try:
+            return read_prompt(opt.prompt) if opt.prompt is not None or not opt.chat else None
+        except SystemExit as e:
+            raise ValueError(e.code) from None  # rank 0's, and so every rank's
+
     name, fields = choose_model(opt)
-    prompt = read_prompt(opt.prompt) if opt.prompt is not None or not opt.chat else None
     sys.stdout.reconfigure(encoding="utf-8")
     logging.basicConfig(format="%(message)s")  # to stderr
     logging.getLogger("nanolong").setLevel(logging.INFO)
     try:
-        place = choose_place(TrainConfig(device=opt.device, dtype=opt.dtype))
+        prompt = from_rank0(place, read)
         use_triton(torch.empty(0, dtype=place.dtype, device=place.device))  # logs the backend before the text begins
         model, tokenizer = load(name, fields)
         chat = Chat(tokenizer, opt.system) if opt.chat else None
@@ -445,7 +522,13 @@ def main(argv: list[str] | None = None) -> int:
     if "window" in c.attention and c.window > c.block_size:
         say(f"warning: window {c.window}, trained on block_size {c.block_size}: distances beyond it were never trained")
     with signals(at_once=opt.chat) as s.asked:
-        made = run(model, tokenizer, chat, prompt, ids, opt, s)
+        try:
+            rest = ids if place.world == 1 else read_together(model, ids, s, place)
+        except ValueError as e:
+            raise SystemExit(str(e)) from None
+        if place.rank:
+            return 0
+        made = run(model, tokenizer, chat, prompt, rest, opt, s)
         rates = [s.took[name + "_tokens"] / s.took[name + "_seconds"] if s.took[name + "_seconds"] else None
                  for name in ("prompt", "timed")]
         if opt.json:

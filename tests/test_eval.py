@@ -259,9 +259,9 @@ def test_copied(prefix):
     assert evaluation.copied(model, windows, 8, prefix, 16) == pytest.approx((expected / 160).tolist())
 
     class Copier:  # predicts what stood 57 tokens, the copy's distance, before the next one
-        wte, output_weight = model.wte, torch.eye(300)
+        wte, output_weight, ring = model.wte, torch.eye(300), None
 
-        def hidden(self, x):
+        def hidden(self, x, alone):
             return F.one_hot(x.roll(56, 1), 300).float()
 
     assert evaluation.copied(Copier(), windows, 8, [], 16)[0] == 1
