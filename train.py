@@ -48,7 +48,6 @@ import tyro
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -262,10 +261,8 @@ def connect(config: TrainConfig, place: Place):
     # gloo carries small numbers between CPUs: agreeing on them never waits for a GPU
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timeout)
     if place.sp > 1:
-        mesh = init_device_mesh(kind, (place.dp, place.sp), mesh_dim_names=("dp", "sp"))
-        for name in ("dp", "sp"):  # they do not take over the timeout of the group of all
-            _set_pg_timeout(timeout, mesh.get_group(name))
-        place.group = mesh.get_group("sp")
+        # the rows of a (dp, sp) mesh; init_device_mesh would wait for gloo's 30 minutes, its groups take no timeout
+        place.group, _ = dist.new_subgroups(place.sp, timeout=timeout)
     total(place, 0)  # nobody may leave with an error before all have connected
 
 
@@ -866,7 +863,7 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
     forward = model  # what a training step calls; `model` itself is evaluated and saved
     if place.world > 1 and not config.fsdp:
         forward = DistributedDataParallel(model, device_ids=[place.device] if place.device.type == "cuda" else None,
-                                          gradient_as_bucket_view=True)
+                                          gradient_as_bucket_view=True, broadcast_buffers=False)  # these never change
     seconds = predict(forward, load(start), config, place, len(steps), new_memory(config, place, model, None))  # per step
     began, done, wrong, caught = time.perf_counter(), start, "", note_signals(place.world)
     progress = dict(data=data_identity(data))  # what train.json says besides

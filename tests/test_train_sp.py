@@ -46,7 +46,8 @@ VARIANTS = {
     "lengths": ["--attention=full", "--mask-documents", *SHORT, "--rope-scaling=" + json.dumps(dict(
         rope_type="longrope", factor=2, original_max_position_embeddings=32, short_factor=[1.0] * 8,
         long_factor=[1.0 + i / 4 for i in range(8)]))],
-    "passkey": ["--data=data/passkey", "--block-size=320", "--batch-tokens=1280", "--attention=full", *SHORT]}  # so few targets that one of 4 ranks has none
+    # so few targets that one of 4 ranks has none
+    "passkey": ["--data=data/passkey", "--block-size=320", "--batch-tokens=1280", "--attention=full", *SHORT]}
 MESHES = [(1, 2), (1, 4), (2, 2), (4, 1)]
 
 
