@@ -8,8 +8,8 @@ Load: the scores that each rank computes at each hop, counted block by block. A 
 On a GPU besides, overhead: one process in the place of P ranks computes all their blocks and merges, without messages,
 against the plain kernel over the whole sequence; and overlap: the bandwidth at which a hop's exchange takes as long as
 its blocks.
-Memory: training steps of a small model (--memory-ranks processes over gloo, CPU), the tokens per rank constant: the
-peak of each process beyond what it held before its first step. Writes config/ring_memory.json and .png.
+Memory: training steps of a small model (--memory-ranks processes over gloo, CPU), the tokens per rank constant, and
+one process alone with as many tokens: the peak of each process beyond what it held before its first step. Writes config/ring_memory.json and .png.
 """
 
 import contextlib
@@ -156,18 +156,18 @@ def print_overlap(opt: Options) -> list[dict]:
     return rows
 
 
-def peak_memory(rank: int, P: int, folder: str, c: int, result):
-    """In a process of its own: the peak, in bytes, of a model's second training step beyond what there was before the first."""
+def peak_memory(rank: int, P: int, folder: str, T: int, result):
+    """In a process of its own: the peak, in bytes, of a model's training steps beyond what there was before the first."""
     from model import GPT, GPTConfig
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=P,
                             timeout=datetime.timedelta(minutes=10))
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=256, block_size=P * c))
+    model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=256, block_size=T))
     model.sequence_parallel(dist.group.WORLD)
     model.activation_checkpointing = True
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    idx = shard_sequence(torch.randint(256, (1, P * c)), *model.ring)
+    idx = shard_sequence(torch.randint(256, (1, T)), *model.ring)
     before = status("VmRSS")
     for _ in range(2):
         model(idx, idx, reduction="sum")[1].backward()
@@ -186,23 +186,30 @@ def status(field: str) -> int:
     return 1024 * int(line.split()[1])
 
 
+def peaks_of(P: int, T: int) -> list[int]:
+    """Each process's peak when P of them share a sequence of T tokens."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [context.Pipe(duplex=False) for _ in range(P)]
+        workers = [context.Process(target=peak_memory, args=(rank, P, folder, T, pipe[1])) for rank, pipe in enumerate(pipes)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        if any(worker.exitcode for worker in workers):
+            sys.exit(f"kernels.bench_ring: a process of {P} ended with an error, see above")
+        return [pipe[0].recv() for pipe in pipes]
+
+
 def measure_memory(opt: Options) -> list[dict]:
     print(f"\nmemory: 4 layers of 256, {opt.memory_tokens} tokens per rank, recomputation, float32, gloo: beyond the weights")
-    rows, context = [], multiprocessing.get_context("spawn")
+    rows = []
     for P in opt.memory_ranks:
-        with tempfile.TemporaryDirectory() as folder:
-            pipes = [context.Pipe(duplex=False) for _ in range(P)]
-            workers = [context.Process(target=peak_memory, args=(rank, P, folder, opt.memory_tokens, pipe[1]))
-                       for rank, pipe in enumerate(pipes)]
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-            if any(worker.exitcode for worker in workers):
-                sys.exit(f"kernels.bench_ring: a process of {P} ended with an error, see above")
-            peaks = [pipe[0].recv() for pipe in pipes]
-        rows.append(dict(ranks=P, tokens=P * opt.memory_tokens, peak_bytes=peaks))
-        print(f"{P} ranks, {P * opt.memory_tokens} tokens: {min(peaks) / 2**20:.0f} to {max(peaks) / 2**20:.0f} MiB per rank")
+        T = P * opt.memory_tokens
+        peaks, alone = peaks_of(P, T), peaks_of(1, T)[0]
+        rows.append(dict(ranks=P, tokens=T, peak_bytes=peaks, alone_bytes=alone))
+        print(f"{T} tokens on {P} rank(s): {min(peaks) / 2**20:.0f} to {max(peaks) / 2**20:.0f} MiB per rank; one process "
+              f"alone: {alone / 2**20:.0f} MiB", flush=True)
     return rows
 
 
@@ -210,13 +217,10 @@ def draw(rows: list[dict], path: Path):
     from matplotlib.figure import Figure
     axes = (figure := Figure(figsize=(7, 4), dpi=120)).subplots()
     tokens = [row["tokens"] for row in rows]
-    axes.plot(tokens, [max(row["peak_bytes"]) / 2**20 for row in rows], "o-", label="the rank with the most")
-    axes.plot(tokens, [rows[0]["peak_bytes"][0] / 2**20 * n / tokens[0] for n in tokens], "--", color="grey",
-              label="one rank's, were it to grow with the tokens")
-    axes.set(xlabel="tokens of the sequence, as many per rank on each of 1, 2, ... ranks", xscale="log", yscale="log",
-             ylabel="peak memory of a training step, MiB per rank", xticks=tokens,
+    axes.plot(tokens, [row["alone_bytes"] / 2**20 for row in rows], "s--", color="grey", label="one process alone")
+    axes.plot(tokens, [max(row["peak_bytes"]) / 2**20 for row in rows], "o-", label="in a ring: the rank with the most")
+    axes.set(xlabel="tokens of the sequence", ylabel="peak memory of a training step, MiB per rank", xticks=tokens, ylim=(0, None),
              xticklabels=[f"{row['tokens']}\n{row['ranks']} rank{'s' * (row['ranks'] > 1)}" for row in rows])
-    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, bbox_inches="tight")
