@@ -354,7 +354,9 @@ def check_used(config: TrainConfig, c: GPTConfig):
                            (c.block_size % c.segment, f"block_size {c.block_size} and segment {c.segment}: sequences must be "
                             "whole segments"),
                            (config.mask_documents, "mask_documents: each sequence is inside one document already"),
-                           (passkey, "data/passkey: no task goes on from another")):
+                           (passkey, "data/passkey: no task goes on from another"),
+                           (config.sp > 1 and config.activation_checkpointing, f"sp {config.sp} and activation_checkpointing: "
+                            "what ranks hand on is not computed again; leave one of the three away")):
             if wrong:
                 raise ValueError(f"carry_memory with {why}")
     if config.pose_target is not None:
