@@ -23,7 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from kernels import (apply_sink_logit, attention, decode_attention, infini_attention, linear_cross_entropy, memory_read,
                      rms_norm, rope, rope_frequencies, rope_turns, swiglu)
 from kernels.backend import use_triton
-from kernels.ring import (Ring, broadcast_sinks, from_last_rank, ring_attention, shard_positions, shard_sequence,
+from kernels.ring import (Ring, from_last_rank, gather_tokens, ring_attention, shard_positions, shard_sequence,
                           unshard_sequence)
 from kernels.rope import SCALING_KEYS
 
@@ -335,6 +335,10 @@ class KVCache:
             self.k, self.v = (self._grown(x, start, max(64, 2 * start, end)) for x in (self.k, self.v))
         self.k[:, start:end], self.v[:, start:end] = k.detach(), v.detach()
 
+    def write_shards(self, k, v, ring):
+        """k, v (B, c, G, D), this rank's shards of a text that begins."""
+        self.write(*(unshard_sequence(x, *ring) for x in (k, v)), 0)
+
     def commit(self):
         """Nothing to do: what lies past the state's position is not seen."""
 
@@ -377,11 +381,22 @@ class WindowCache:
 
     def write(self, k, v, start):
         """Takes effect at `commit`: what it overwrites is the past of this call, should it be cut short and made again."""
-        S, W, tokens = self.sinks, self.window, torch.arange(start, start + k.shape[1], device=k.device)
-        n_sink = min(max(0, S - start), len(tokens))
-        tokens = torch.cat([tokens[:n_sink], tokens[n_sink:][-W:]])
-        slots = torch.where(tokens < S, tokens, S + (tokens - S) % W)
-        self.held = slots, *(x.detach()[:, tokens - start].to(self.k.dtype) for x in (k, v))
+        tokens = torch.arange(start, start + k.shape[1], device=k.device)
+        n_sink = min(max(0, self.sinks - start), len(tokens))
+        tokens = torch.cat([tokens[:n_sink], tokens[n_sink:][-self.window:]])
+        self._hold(tokens, *(x[:, tokens - start] for x in (k, v)))
+
+    def write_shards(self, k, v, ring):
+        """As KVCache.write_shards. Only what stays is gathered."""
+        T = ring.group.size() * k.shape[1]
+        S = min(self.sinks, T)
+        first = max(S, T - self.window)
+        kept = zip(gather_tokens(k, v, 0, S, *ring), gather_tokens(k, v, first, T, *ring))
+        self._hold(torch.cat([torch.arange(S), torch.arange(first, T)]).to(k.device), *(torch.cat(x, 1) for x in kept))
+
+    def _hold(self, tokens, k, v):
+        slots = torch.where(tokens < self.sinks, tokens, self.sinks + (tokens - self.sinks) % self.window)
+        self.held = slots, *(x.detach().to(self.k.dtype) for x in (k, v))
 
     def commit(self):
         if self.held is not None:
@@ -611,7 +626,7 @@ class Attention(nn.Module):
         qkv = self.wqkv(x).view(B, T, H + 2 * G, self.head_dim)
         qk, v = qkv.split([H + G, G], dim=2)  # views
         cache = None if state is None else state.layers[self.layer]
-        one = cache is not None and T == 1 and not torch.is_grad_enabled() and angles[0].near is None
+        one = cache is not None and T == 1 and not torch.is_grad_enabled() and angles[0].near is None and ring is None
         if self.segment is not None:
             y = self.infini_decode(qk, v, angles[0].turns, slopes, positions, state, cache, start) if one else \
                 self.infini(qk, v, angles[0].turns, slopes, positions, docs, cache, start, ring)
@@ -640,7 +655,7 @@ class Attention(nn.Module):
             parts.append(y if self.sink_logit is not None else [y])
         if cache is not None:
             k = k if cache.rotated else qk[:, :, self.n_head:]
-            cache.write(*((k, v) if ring is None else (unshard_sequence(x, *ring) for x in (k, v))), start)
+            cache.write(k, v, start) if ring is None else cache.write_shards(k, v, ring)
         y = parts[0]  # out (B, T, H, D), and with sink_logit lse (B, H, T)
         if len(parts) > 1 and angles[1].since is None:
             y = [torch.cat(x, dim) for x, dim in zip(zip(*parts), (1, 2))]
@@ -673,7 +688,7 @@ class Attention(nn.Module):
                 k_sink, v_sink = (torch.cat([old.to(new.dtype), new[:, :max(0, S - start)]], 1)
                                   for old, new in ((k_sink, k), (v_sink, v[:, :stop])))
             else:
-                k_sink, v_sink = (broadcast_sinks(x, S, *ring) for x in (k, v))
+                k_sink, v_sink = gather_tokens(k, v, 0, min(S, ring.group.size() * k.shape[1]), *ring)
             clip = by.turns is not None and window is not None
             sinks = by.rotate(qk[:, rows, :H], positions[..., rows].clamp(max=S + window - 1)) if clip else q, k_sink, v_sink
         q_docs, k_docs = (None, None) if docs is None else (docs[:, rows], docs[:, :stop])
@@ -782,19 +797,23 @@ class Block(nn.Module):
         full of messages, never runs again, the rest does. Where nothing else is kept, the feed-forward runs over an eighth
         of the tokens at a time: its 4 C per token are never there for all of them (Liu and Abbeel, arXiv 2305.19370).
         """
-        if not recompute and torch.is_grad_enabled():
-            return self.rest(x, self.attend(x, *args))
-        run = functools.partial(checkpoint, use_reentrant=False) if recompute else lambda function, *args, **_: function(*args)
-        y = run(self.attend, x, *args, context_fn=_keep_attention)
+        again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        y = again(self.attend, x, *args, context_fn=_keep_attention) if recompute else self.attend(x, *args)
         n = max(1024, -(-x.shape[1] // 8))
-        return torch.cat([run(self.rest, *part) for part in zip(x.split(n, 1), y.split(n, 1))], 1)
+        if n >= x.shape[1] or not recompute and torch.is_grad_enabled():
+            return again(self.rest, x, y) if recompute else self.rest(x, y)
+        parts = zip(x.split(n, 1), y.split(n, 1))
+        return torch.cat([again(self.rest, *part) if recompute else self.rest(*part) for part in parts], 1)
+
+
+KEPT = {"aten::_scaled_dot_product_flash_attention_for_cpu", *(f"nanolong::{name}" for name in (
+    "attention_fwd", "ring_attention_fwd", "memory_fwd", "gather_tokens", "scan_ranks", "document_before"))}
 
 
 def _keep_attention():
     """Contexts for checkpoint: what attention, the memory and messages gave is kept."""
     def policy(_, op, *args, **kwargs):
-        kept = any(name in str(op) for name in ("attention", "memory", "first_tokens", "scan_ranks", "document_before"))
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if op._overloadpacket._qualified_op_name in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
 
@@ -803,7 +822,7 @@ class GPT(nn.Module):
     """
     A decoder-only transformer. `compute_dtype` is the dtype of the activations (None: that of the weights), so that
     training holds float32 weights and computes in bfloat16; `activation_checkpointing` recomputes each block in the
-    backward pass, all but attention.
+    backward pass, all but attention, which allows one backward pass.
     """
 
     def __init__(self, config: GPTConfig):
@@ -987,7 +1006,7 @@ class GPT(nn.Module):
     def _blocks(self, x, positions, docs, state, start, whole=False, explicit=False, ring=None):
         """The blocks and the last norm. start may be None when one token is decoded from un-rotated rings."""
         slopes = None if self.slopes is None else self.slopes.view(torch.float32)
-        if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
+        if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled() and ring is None:
             c = self.config
             state.at.copy_(positions)
             state.slot.copy_(torch.where(positions < c.sinks, positions, c.sinks + (positions - c.sinks) % c.window))
@@ -1099,6 +1118,9 @@ class GPT(nn.Module):
         if generator is None:
             generator = torch.Generator(prompt.device)
             generator.manual_seed(seed) if seed is not None else generator.seed()
+            if self.ring is not None:  # every rank draws the same
+                drawn = torch.tensor([generator.initial_seed() % 2**62], device=prompt.device)
+                generator.manual_seed(from_last_rank(drawn, self.ring.group).item())
         if self.ring is not None and state.position == 0:  # the ranks share all that they can share but the last token
             n = self.config.shard_multiple(self.ring.group.size())
             n = (prompt.shape[1] - 1) // n * n

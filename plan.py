@@ -349,16 +349,16 @@ class Traffic(NamedTuple):
 
 def traffic(case: Case, flops: float, bandwidth: float) -> Traffic:
     """What a rank sends, by layer and hop, against what it computes meanwhile, at `flops` and bytes per second."""
-    c, B, n = case.config, case.B, case.c
-    kv = 2 * B * n * c.n_kv_head * c.head_dim * case.e + (4 * B * n if case.docs else 0)
-    dkv, chain = 8 * B * n * c.n_kv_head * c.head_dim, 4 * B * c.n_kv_head * c.head_dim * (c.head_dim + 1)
-    total = [0.0] * 5
+    c, B, per_hop = case.config, case.B, [0, 0]
+    chain, total = 4 * B * c.n_kv_head * c.head_dim * (c.head_dim + 1), [0.0] * 5
     for kind in set(c.layer_kinds) if case.sp > 1 else ():
         layers, computed = c.layer_kinds.count(kind), hops(case, kind)
+        n = case.c if c.layout == "zigzag" else min(case.c, case.reach(kind) - 1)  # of a shard, what others see
+        kv, dkv = B * n * (2 * c.n_kv_head * c.head_dim * case.e + 4 * case.docs), 8 * B * n * c.n_kv_head * c.head_dim
         free = [4 * c.n_head * c.head_dim * B * x / flops * bandwidth for x in computed]  # bytes that computing hides
         last = len(computed) - 1
         out = [kv] * last
-        back = [(kv if i < last else 0) + (dkv if i else 0) for i in range(last + 1)] if last else []
+        back = [(kv if i < last else 0) + (dkv if i > 1 else 0) for i in range(last + 1)] if last else []
         sinks = 2 * B * case.sinks(kind) * c.n_kv_head * c.head_dim * 2 * (case.sp - 1) / case.sp
         waited = sinks * (case.e + 4) if kind != "infini" else 2 * chain
         alone = (case.sp - 1) * chain if kind == "infini" else 0  # all wait for the whole chain
@@ -366,7 +366,7 @@ def traffic(case: Case, flops: float, bandwidth: float) -> Traffic:
                                sum(map(min, out, free)), sum(back) + (dkv if last else 0) + alone,
                                sum(min(x, 2.5 * y) for x, y in zip(back, free)))):
             total[i] += layers * x
-    per_hop = (kv, kv + dkv) if set(c.layer_kinds) != {"infini"} else (chain, chain)
+        per_hop = [max(pair) for pair in zip(per_hop, (chain, chain) if kind == "infini" else (kv, kv + dkv))]
     return Traffic(*per_hop, *total)
 
 

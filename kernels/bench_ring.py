@@ -87,7 +87,7 @@ class Emulated:
         for call, dq, dout, (out, lse) in zip(self.calls, dqs, self.dout, results):
             for hop in _hops(call.masks):
                 source = (call.rank - hop) % self.P
-                dkvs[source] += _backward_hop(call, dout, None, out, lse, dq, self.kv[source], None, source)
+                dkvs[source] += _backward_hop(call, dout, None, out, lse, dq, [], self.kv[source], None, source)
         return dqs, dkvs
 
 
@@ -149,7 +149,7 @@ def print_overlap(opt: Options) -> list[dict]:
                         torch.zeros_like(q, dtype=acc))
         with torch.no_grad():
             forward = median_ms(lambda: _forward_hop(call, out, lse, kv, None, 0), "cuda")
-            backward = median_ms(lambda: _backward_hop(call, dout, None, out, lse, dq, kv, None, 0), "cuda")
+            backward = median_ms(lambda: _backward_hop(call, dout, None, out, lse, dq, [], kv, None, 0), "cuda")
         need = [kv.nbytes / forward / 1e6, (kv.nbytes + 2 * k.numel() * 4) / backward / 1e6]
         rows.append(dict(tokens_per_rank=c, forward_ms=forward, backward_ms=backward, forward_gbps=need[0], backward_gbps=need[1]))
         print(f"{c} tokens per rank: forward {forward:.2f} ms, {need[0]:.1f} GB/s; backward {backward:.2f} ms, {need[1]:.1f} GB/s")

@@ -51,6 +51,12 @@ def _transfer(A, x):
     return A * x if A.shape[-1] == 1 else A @ x
 
 
+def _exchange(direction, x, peer, group):
+    """Sends x to the rank `peer`, or fills it with what comes from there. A batch of one: NCCL then uses the group's rings."""
+    for work in dist.batch_isend_irecv([dist.P2POp(direction, x, group=group, group_peer=peer)]):
+        work.wait()
+
+
 def _scan_ranks(B, A, own, group, reverse):
     """
     x = own + what the rank before this one sent, and A x + B goes on to the next -> x; reverse: from the last rank down. x,
@@ -61,11 +67,11 @@ def _scan_ranks(B, A, own, group, reverse):
     source, target = (rank + 1, rank - 1) if reverse else (rank - 1, rank + 1)
     if 0 <= source < group.size():
         came = torch.empty_like(staged(x, group))
-        dist.recv(came, group=group, group_src=source)
+        _exchange(dist.irecv, came, source, group)
         x += came.to(x.device)
     if 0 <= target < group.size():
         out = (_transfer(A.double(), x.double()) + B).to(x.dtype)  # small: one process's float32 has no TF32 here either
-        dist.send(staged(out.contiguous(), group), group=group, group_dst=target)
+        _exchange(dist.isend, staged(out.contiguous(), group), target, group)
     return x
 
 

@@ -12,14 +12,16 @@ Which positions a rank holds, of T tokens on P ranks:
     contiguous   c = T / P in order: r c .. (r + 1) c - 1. The last rank sees the most: half of all time is waiting
     striped      r, r + P, r + 2 P, .. (Brandon et al., arXiv 2311.09431)
     zigzag       of 2 P chunks the r-th and the r-th from the end: the same work on every rank at every hop
-Hops at which no rank has a pair to compute are left out: a window on contiguous shards takes ceil((W - 1) / c) + 1 of P.
+Hops at which no rank has a pair to compute are left out: a window on contiguous shards takes ceil((W - 1) / c) + 1 of P,
+and of a shard only the last n = min(c, W - 1) tokens travel, with others all n = c.
 
-Bytes that a rank sends, e per element of q: forward at each hop but the last 2 B c G D e; backward the same, and 8 B c G D at
-each hop but the first, with one message more that takes dk and dv home (16 instead of 8 in float64). Document ids travel
-too where there are any, 4 B c. Only kv heads are sent, and no number depends on T but by c.
+Bytes that a rank sends, e per element of q: forward at each hop but the last 2 B n G D e; backward the same, and from the
+third hop on 8 B n G D besides, with one message more that takes dk and dv home (16 instead of 8 in float64). Document ids
+travel too where there are any, 4 B n. Only kv heads are sent, and no number depends on T but by c.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -85,10 +87,9 @@ def shard_sequence(x, group, layout="zigzag", dim=1):
     if T % n:
         raise ValueError(f"{T} tokens cannot be shared by {P} ranks in layout {layout}, which cuts them into {n} equal parts: use "
                          f"{f'{T // n * n} or ' if T >= n else ''}{(T // n + 1) * n} tokens")
-    parts = [x.narrow(dim, piece.start, (piece.n - 1) * piece.step + 1).index_select(
-        dim, torch.arange(0, (piece.n - 1) * piece.step + 1, piece.step, device=x.device)) if piece.step > 1 else
-        x.narrow(dim, piece.start, piece.n) for piece in _pieces(group.rank(), P, T // P, layout) if piece.n]
-    return torch.cat(parts, dim) if parts else x
+    if layout == "striped":
+        return x.unflatten(dim, (T // P, P)).select(dim % x.dim() + 1, group.rank())
+    return torch.cat([x.narrow(dim, piece.start, piece.n) for piece in _pieces(group.rank(), P, T // P, layout)], dim)
 
 
 def unshard_sequence(x, group, layout="zigzag", dim=1):
@@ -97,13 +98,13 @@ def unshard_sequence(x, group, layout="zigzag", dim=1):
     P, c = group.size(), x.shape[dim]
     if layout == "zigzag" and c % 2:
         raise ValueError(f"a shard of {c} tokens is not of layout zigzag, whose shards are two chunks of equal size")
-    mine, device = staged(x.detach().contiguous(), group), x.device
-    shards = [torch.empty_like(mine) for _ in range(P)]
-    dist.all_gather(shards, mine, group=group)
-    shards = [shard.to(device) for shard in shards]
+    mine, dim = staged(x.detach().contiguous(), group), dim % x.dim()
+    shards = mine.new_empty(P, *mine.shape)
+    dist.all_gather(list(shards.unbind()), mine, group=group)
+    shards = shards.to(x.device)
     if layout == "striped":
-        return torch.stack(shards, dim % x.dim() + 1).flatten(dim % x.dim(), dim % x.dim() + 1)
-    placed = [(piece.start, shard.narrow(dim, piece.row, piece.n)) for rank, shard in enumerate(shards)
+        return shards.movedim(0, dim + 1).flatten(dim, dim + 1)
+    placed = [(piece.start, shards[rank].narrow(dim, piece.row, piece.n)) for rank in range(P)
               for piece in _pieces(rank, P, c, layout)]
     return torch.cat([part for _, part in sorted(placed, key=lambda x: x[0])], dim)
 
@@ -115,55 +116,57 @@ def shard_positions(c, group, layout="zigzag", device=None):
                       for piece in _pieces(group.rank(), group.size(), c, layout)])
 
 
-def _first_tokens(x, n, group, layout):
+def _rows_between(group, c, start, stop, layout):
+    """The rows of this rank's shard that are tokens start .. stop - 1, and which of these they are."""
+    for piece in _pieces(group.rank(), group.size(), c, layout):
+        first, last = (max(0, min(piece.n, -(-(at - piece.start) // piece.step))) for at in (start, stop))
+        if first < last:
+            at = piece.start + first * piece.step - start
+            yield (slice(piece.row + first, piece.row + last), slice(at, at + (last - first - 1) * piece.step + 1, piece.step))
+
+
+def _gather_tokens(k, v, start, stop, group, layout):
     group = _resolve_process_group(group)
-    whole = x.new_zeros(x.shape[0], n, *x.shape[2:])
-    for rows, at in _first_rows(group, x.shape[1], n, layout):
-        whole[:, at] = x[:, rows]
-    dist.all_reduce(whole, group=group)
+    whole = k.new_zeros(2, k.shape[0], stop - start, *k.shape[2:])
+    for rows, at in _rows_between(group, k.shape[1], start, stop, layout):
+        whole[0, :, at], whole[1, :, at] = k[:, rows], v[:, rows]
+    dist.all_reduce(whole, group=group)  # one of the summands is not 0
     return whole
 
 
-def _first_rows(group, c, n, layout):
-    """The rows of this rank's shard that are among the first n tokens of the sequence, and which tokens they are."""
-    for piece in _pieces(group.rank(), group.size(), c, layout):
-        k = max(0, min(piece.n, -(-(n - piece.start) // piece.step)))
-        if k:
-            yield slice(piece.row, piece.row + k), slice(piece.start, piece.start + (k - 1) * piece.step + 1, piece.step)
+register("gather_tokens", "(Tensor k, Tensor v, int start, int stop, str group, str layout) -> Tensor", _gather_tokens,
+         lambda k, v, start, stop, *_: k.new_empty(2, k.shape[0], stop - start, *k.shape[2:]))
 
 
-register("first_tokens", "(Tensor x, int n, str group, str layout) -> Tensor", _first_tokens,
-         lambda x, n, group, layout: x.new_empty(x.shape[0], n, *x.shape[2:]))
-
-
-class _BroadcastSinks(torch.autograd.Function):
+class _GatherTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, n, group, layout):
-        ctx.args = n, group, layout, x.shape
-        return torch.ops.nanolong.first_tokens(x, n, group.group_name, layout)
+    def forward(ctx, k, v, start, stop, group, layout):
+        ctx.args = start, stop, group, layout, k.shape
+        return torch.ops.nanolong.gather_tokens(k, v, start, stop, group.group_name, layout)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        n, group, layout, shape = ctx.args
+        start, stop, group, layout, shape = ctx.args
         total = grad.to(torch.promote_types(grad.dtype, torch.float32), memory_format=torch.contiguous_format, copy=True)
         dist.all_reduce(total, group=group)
-        dx = grad.new_zeros(shape)
-        for rows, at in _first_rows(group, shape[1], n, layout):
-            dx[:, rows] = total[:, at].to(dx.dtype)
-        return dx, None, None, None
+        grads = grad.new_zeros(2, *shape)
+        for rows, at in _rows_between(group, shape[1], start, stop, layout):
+            grads[:, :, rows] = total[:, :, at].to(grad.dtype)
+        return grads[0], grads[1], None, None, None, None
 
 
-def broadcast_sinks(x, n, group, layout="zigzag"):
+def gather_tokens(k, v, start, stop, group, layout="zigzag"):
     """
-    The first n tokens' rows of a sequence, on every rank: x (B, c, ...), this rank's shard -> (B, n, ...). Differentiable:
-    what all ranks' copies are due is summed, in float32, where the rows come from. For ring_attention's sinks. ValueError
-    for more than all tokens.
+    The keys and values of a few tokens of the sequence, start .. stop - 1, on every rank: k, v (B, c, G, D), this rank's
+    shards -> (B, stop - start, G, D) twice, in one message. From 0 on: ring_attention's sinks. Differentiable: what the
+    ranks' copies are due, each in k's dtype, is summed in float32 where the tokens come from. ValueError for tokens that
+    are not there.
     """
     _check_layout(layout)
-    if n > group.size() * x.shape[1]:
-        raise ValueError(f"broadcast_sinks: {n} tokens of {group.size()} shards of {x.shape[1]}: there are fewer")
-    return _BroadcastSinks.apply(x, n, group, layout)
+    if not 0 <= start <= stop <= group.size() * k.shape[1]:
+        raise ValueError(f"gather_tokens: tokens {start} to {stop} of {group.size()} shards of {k.shape[1]} are not all there")
+    return _GatherTokens.apply(k, v, start, stop, group, layout).unbind(0)
 
 
 def from_last_rank(x, group):
@@ -194,83 +197,107 @@ class _Block(NamedTuple):
 
     rows: slice
     keys: slice
-    options: dict  # of attention
-    stretch: int   # a step in the kernel's positions is so many tokens
-    ahead: int     # and a row that the kernel sees at a key's position is so many tokens ahead of it
+    options: dict        # of attention
+    ahead: int = 0       # striped: a row that the kernel sees at a key's position is so many tokens ahead of it
+    sinks: bool = False  # the rows attend to the sinks, too
 
 
 @functools.lru_cache(4096)
 def _blocks(m: _Masks, rank: int, source: int) -> list[_Block]:
-    """The blocks between the rows of `rank` and the keys of `source`; none where no pair sees one another."""
-    everything, half = slice(0, m.c), m.c // 2
-    bounded = m.window is not None or m.segment is not None or m.by_distance
+    """
+    The blocks between the rows of `rank` and the keys of `source`, without rows and keys at their ends that see nobody;
+    none where no pair sees one another.
+    """
     if m.layout == "striped":
-        return _striped_block(m, rank, source)
-    if not bounded and not (m.layout == "zigzag" and m.sinks > half):  # only the order counts: as few calls as can be
-        first = max(0, min(m.c, m.sinks - source * m.c)) if m.layout == "contiguous" else m.sinks if source == 0 else 0
-        rows, keys = everything, slice(first, m.c)
-        if m.causal and source > rank:
-            if m.layout == "contiguous":
-                return []
-            rows = slice(half, m.c)
-        if m.causal and source < rank and m.layout == "zigzag":
-            keys = slice(first, half)
+        return _striped_blocks(m, rank, source)
+    if m.layout == "zigzag" and not (m.window or m.segment or m.by_distance or m.sinks):  # only the order counts: one call
+        half, everything = m.c // 2, slice(0, m.c)
+        rows = slice(half, m.c) if m.causal and source > rank else everything
+        keys = slice(0, half) if m.causal and source < rank else everything
         q_start = 0 if source == rank else m.c  # behind all keys: all are seen, by the same compiled kernel
-        return [_Block(rows, keys, dict(q_start=q_start, k_start=first), 1, 0)] if keys.start < keys.stop else []
-    blocks = []
+        return [_Block(rows, keys, dict(q_start=q_start, k_start=0))]
+    blocks, N = [], m.segment
     for q in _pieces(rank, m.P, m.c, m.layout):
         for k in _pieces(source, m.P, m.c, m.layout):
-            left_out = max(0, min(k.n, m.sinks - k.start))  # they are sinks
-            k_start, q_last, k_last = k.start + left_out, q.start + q.n - 1, k.start + k.n - 1
-            seen = left_out < k.n and not (m.causal and k_start > q_last)
-            seen = seen and not (m.window is not None and k_last <= q.start - m.window)
-            if seen and m.segment is not None:
-                N = m.segment
-                seen = q.start // N - m.lookback <= k_last // N and k_start // N <= q_last // N
-            if seen:
-                options = dict(q_start=q.start, k_start=k_start, window=m.window, segment=m.segment, lookback=m.lookback)
-                blocks.append(_Block(slice(q.row, q.row + q.n), slice(k.row + left_out, k.row + k.n), options, 1, 0))
+            rows, keys = [q.start, q.start + q.n], [max(k.start, min(m.sinks, k.start + k.n)), k.start + k.n]  # positions
+            own = q.start == k.start and m.sinks > 0
+            if m.causal:
+                keys[1] = min(keys[1], rows[1])
+            if m.window is not None:
+                keys[0] = max(keys[0], rows[0] - m.window + 1)
+                rows[1] = min(rows[1], keys[1] - 1 + m.window)
+            if N is not None:
+                keys = [max(keys[0], (rows[0] // N - m.lookback) * N), min(keys[1], ((rows[1] - 1) // N + 1) * N)]
+                rows = [max(rows[0], keys[0] // N * N), min(rows[1], ((keys[1] - 1) // N + m.lookback + 1) * N)]
+            empty = rows[0] >= rows[1] or keys[0] >= keys[1]
+            if own:
+                rows, keys = [q.start, q.start + q.n], [k.start, k.start] if empty else keys
+            if own or not empty:
+                options = dict(q_start=rows[0], k_start=keys[0], window=m.window, segment=N, lookback=m.lookback)
+                blocks.append(_Block(*(slice(piece.row + x[0] - piece.start, piece.row + x[1] - piece.start)
+                                       for piece, x in ((q, rows), (k, keys))), options, sinks=own))
     return blocks
 
 
-def _striped_block(m, rank, source):
+def _striped_blocks(m, rank, source):
     """
     Row i is at i P + rank, key j at j P + source. With n = i - j the distance is n P + rank - source: causal is n >= 0, or n
-    >= 1 for sources ahead, which begin one step later; a window of W ends at n < (W - rank + source) / P.
+    >= 1 for sources ahead, which begin one step later; a window of W ends at n < (W - rank + source) / P. The rows that
+    are sinks themselves see them one by one, the others all at once.
     """
-    ahead, later = rank - source, int(source > rank and m.causal)
+    blocks, ahead, later = [], rank - source, int(source > rank and m.causal)
     first = max(0, min(m.c, -(-(m.sinks - source) // m.P)))
     window = None if m.window is None else -(-(m.window - ahead) // m.P) - later
-    if first == m.c or window is not None and window < 1:
-        return []
-    options = dict(q_start=0, k_start=first + later, window=window)
-    return [_Block(slice(0, m.c), slice(first, m.c), options, m.P, ahead + m.P * later)]
+    if first < m.c and (window is None or window > 0):
+        options = dict(q_start=0, k_start=first + later, window=window)
+        blocks.append(_Block(slice(0, m.c), slice(first, m.c), options, ahead + m.P * later))
+    if m.sinks and source == rank:
+        few = min(m.c, max(0, -(-(m.sinks - 1 - rank) // m.P)))
+        for rows in (*(slice(i, i + 1) for i in range(few)), *([slice(few, m.c)] if few < m.c else [])):
+            options = dict(q_start=rows.start * m.P + rank, k_start=0, window=m.window)
+            blocks.append(_Block(rows, slice(0, 0), options, sinks=True))
+    return blocks
 
 
-@functools.cache
+def _reach(m: _Masks) -> float:
+    """How far from a query its keys are at most, in tokens."""
+    bounds = ([] if m.window is None else [m.window - 1]) + ([] if m.segment is None else [(m.lookback + 1) * m.segment - 1])
+    return min(bounds, default=math.inf)
+
+
+def _pairs(m: _Masks):
+    """(rank, source), among which are the first to see one another at each hop that is needed."""
+    if m.layout == "striped" or _reach(m) == math.inf:  # the same for all ranks, but for sinks and for what lies ahead
+        return ((rank, source) for rank in (range(m.P) if m.sinks >= m.c // 2 else (m.P - 1, 0)) for source in range(m.P))
+    size, n = (m.c, m.P) if m.layout == "contiguous" else (m.c // 2, 2 * m.P)
+    near = ((i, i - d) for d in range(1, -(-_reach(m) // size) + 1) for i in range(d, n))
+    return (tuple(min(x, 2 * m.P - 1 - x) for x in pair) for i, j in near for pair in ((i, j), *([] if m.causal else [(j, i)])))
+
+
+@functools.lru_cache(256)
 def _hops(m: _Masks) -> list[int]:
     """At hop i a rank has the shard of the rank that is _hops[i] before it. The first is its own."""
-    return [0] + [hop for hop in range(1, m.P) if any(_blocks(m, rank, (rank - hop) % m.P) for rank in range(m.P))]
+    hops = {0}
+    for rank, source in _pairs(m):
+        if (rank - source) % m.P not in hops and _blocks.__wrapped__(m, rank, source):
+            hops.add((rank - source) % m.P)
+        if len(hops) == m.P:
+            break
+    return sorted(hops)
 
 
-def _sink_blocks(m, rank) -> list[tuple[slice, int]]:
-    """Rows that see the sinks in one call, and the position of the first."""
-    if m.layout != "striped":
-        return [(slice(piece.row, piece.row + piece.n), piece.start) for piece in _pieces(rank, m.P, m.c, m.layout)]
-    few = min(m.c, max(0, -(-(m.sinks - 1 - rank) // m.P)))  # rows among the sinks: they do not see them all
-    each = [(slice(i, i + 1), i * m.P + rank) for i in range(few)]
-    return each + ([(slice(few, m.c), few * m.P + rank)] if few < m.c else [])
+def _first_sent(m: _Masks) -> int:
+    """The first row of a shard that other ranks can see."""
+    return m.c - min(m.c, _reach(m)) if m.layout == "contiguous" and m.causal else 0
 
 
-def _sink_shift(m, rows, start, rank, slopes):
+def _sink_shift(m, rows, rank, slopes):
     """
-    What ALiBi's scores of the sinks lack in such a call, (H, rows) or None: a striped row's position grows by P per row, the
-    kernel counts 1. Its distance ends at sinks + window - 1.
+    What ALiBi's scores of the sinks lack in a striped call, (H, rows): a row's position grows by P per row, the kernel
+    counts 1. Its distance ends at sinks + window - 1.
     """
-    if m.layout != "striped" or slopes is None:
-        return None
     i = torch.arange(rows.start, rows.stop, device=slopes.device)
-    positions = torch.stack([start + i - rows.start, i * m.P + rank])
+    positions = torch.stack([rows.start * m.P + rank + i - rows.start, i * m.P + rank])
     if m.window is not None:
         positions = positions.clamp(max=m.sinks + m.window - 1)
     return slopes[:, None] * (positions[0] - positions[1])
@@ -323,43 +350,31 @@ def _call(q, q_sink, k_sink, v_sink, slopes, q_docs, rank, P, layout, scale, cau
     return _Call(q, (q_sink, k_sink, v_sink) if S else None, slopes, q_docs, rank, masks, scale, xpos)
 
 
-def _options(call, block, k_docs):
-    """-> what `attention` takes for a block, and what ALiBi's part of its lse lacks, (H, 1) or None."""
-    slopes, shift, docs = call.slopes, None, (None, None)
-    if slopes is not None and block.stretch > 1:
-        shift, slopes = -(slopes * block.ahead)[:, None], slopes * block.stretch
-    if call.q_docs is not None:
-        docs = call.q_docs[:, block.rows], k_docs[:, block.keys]
+def _options(call, block, keys, k_docs):
+    """-> what `attention` takes for a block, and what ALiBi's part of its lse lacks, (H, 1), (H, rows) or None."""
+    slopes, shift, docs, m = call.slopes, None, (None, None), call.masks
+    if slopes is not None and m.layout == "striped" and block.sinks:
+        shift = _sink_shift(m, block.rows, call.rank, slopes)
+    elif slopes is not None and m.layout == "striped":
+        shift, slopes = -(slopes * block.ahead)[:, None], slopes * m.P
+    if call.q_docs is not None and keys.start < keys.stop:
+        docs = call.q_docs[:, block.rows], k_docs[:, keys]
+    sinks = (call.sinks[0][:, block.rows], *call.sinks[1:]) if block.sinks else None
     options = dict(window=None, segment=None, lookback=0) | block.options
-    return options | dict(scale=call.scale, causal=call.masks.causal, sinks=None, alibi_slopes=slopes, xpos=call.xpos,
-                          q_docs=docs[0], k_docs=docs[1]), shift
+    return options | dict(scale=call.scale, causal=m.causal, sinks=sinks, alibi_slopes=slopes, xpos=call.xpos, q_docs=docs[0],
+                          k_docs=docs[1]), shift
 
 
-def _sink_options(call, rows, start):
-    """The same for the sinks, which all rows see: no keys, and sinks=..."""
-    q_sink, k_sink, v_sink = call.sinks
-    options = dict(scale=call.scale, causal=True, window=call.masks.window, segment=None, lookback=0, xpos=call.xpos,
-                   sinks=(q_sink[:, rows], k_sink, v_sink), alibi_slopes=call.slopes, q_docs=None, k_docs=None, q_start=start,
-                   k_start=0)
-    return options, _sink_shift(call.masks, rows, start, call.rank, call.slopes)
-
-
-def _forward_block(call, out, lse, rows, k, v, options, shift):
-    """Merges what `rows` attend to among k and v into out (B, c, H, D) and lse (B, H, c), in place."""
-    part, part_lse = attention(call.q[:, rows], k, v, out_dtype=out.dtype, return_lse=True, **options)
-    merge_into(out[:, rows], lse[:, :, rows], part, part_lse if shift is None else part_lse + shift)
-
-
-def _forward_hop(call, out, lse, kv, k_docs, source):
-    """All blocks of the rows with the shard of `source`."""
+def _forward_hop(call, out, lse, kv, k_docs, source, first=0):
+    """
+    Merges what the rows see of the shard of `source` into out (B, c, H, D) and lse (B, H, c), in place. kv (2, B, n, G, D)
+    and k_docs (B, n) begin with the shard's row `first`.
+    """
     for block in _blocks(call.masks, call.rank, source):
-        options, shift = _options(call, block, k_docs)
-        _forward_block(call, out, lse, block.rows, *kv[:, :, block.keys], options, shift)
-
-
-def _forward_sinks(call, out, lse, kv):
-    for rows, start in _sink_blocks(call.masks, call.rank):
-        _forward_block(call, out, lse, rows, *kv[:, :, :0], *_sink_options(call, rows, start))
+        rows, keys = block.rows, slice(block.keys.start - first, block.keys.stop - first)
+        options, shift = _options(call, block, keys, k_docs)
+        part, part_lse = attention(call.q[:, rows], *kv[:, :, keys], out_dtype=out.dtype, return_lse=True, **options)
+        merge_into(out[:, rows], lse[:, :, rows], part, part_lse if shift is None else part_lse + shift)
 
 
 def _ring_fwd(q, k, v, q_sink, k_sink, v_sink, slopes, q_docs, k_docs, group, layout, scale, causal, window, segment,
@@ -370,43 +385,40 @@ def _ring_fwd(q, k, v, q_sink, k_sink, v_sink, slopes, q_docs, k_docs, group, la
     (B, c, H, D), acc = q.shape, torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(B, c, H, D, dtype=acc, device=q.device)
     lse = torch.full((B, H, c), -torch.inf, dtype=acc, device=q.device)
-    hops, here = _hops(call.masks), [torch.stack([k, v]), *([] if k_docs is None else [k_docs])]
+    own, hops, first = torch.stack([k, v]), _hops(call.masks), _first_sent(call.masks)
+    here = _sent(own, k_docs, first)
     for i, hop in enumerate(hops):
         arrive = _post(group, [(x, hops[i + 1] - hop) for x in here] if i + 1 < len(hops) else [])
-        _forward_hop(call, out, lse, here[0], here[-1], (rank - hop) % P)
-        if hop == 0 and call.sinks:
-            _forward_sinks(call, out, lse, here[0])
+        if i == 0:
+            _forward_hop(call, out, lse, own, k_docs, rank)
+        else:
+            _forward_hop(call, out, lse, here[0], here[1] if len(here) > 1 else None, (rank - hop) % P, first)
         here = arrive()
+        del arrive  # and with it the shard that was sent
     return out.to(out_dtype), lse
 
 
-def _backward_block(call, dout, dlse, out, lse, rows, k, v, options, shift):
-    """attention_backward of these rows, from the results of the whole."""
-    lse = lse[:, :, rows] if shift is None else lse[:, :, rows] - shift
-    return attention_backward(dout[:, rows], None if dlse is None else dlse[:, :, rows], call.q[:, rows], k, v, out[:, rows],
-                              lse, **options)
+def _sent(kv, k_docs, first):
+    """What travels of a shard: its keys and values, and its document ids if there are any."""
+    return [kv[:, :, first:].contiguous()] + ([] if k_docs is None else [k_docs[:, first:].contiguous()])
 
 
-def _backward_hop(call, dout, dlse, out, lse, dq, kv, k_docs, source):
-    """Adds to dq -> dk and dv of the shard of `source`, (2, B, c, G, D)."""
+def _backward_hop(call, dout, dlse, out, lse, dq, dsinks, kv, k_docs, source, first=0):
+    """Adds to dq and dsinks, the gradients of q_sink, k_sink, v_sink -> dk and dv, like kv. See _forward_hop."""
     dkv = torch.zeros(kv.shape, dtype=dq.dtype, device=dq.device)
     for block in _blocks(call.masks, call.rank, source):
-        options, shift = _options(call, block, k_docs)
-        grads = _backward_block(call, dout, dlse, out, lse, block.rows, *kv[:, :, block.keys], options, shift)
-        for total, grad in zip((dq[:, block.rows], *dkv[:, :, block.keys]), grads):
-            total += grad
+        rows, keys = block.rows, slice(block.keys.start - first, block.keys.stop - first)
+        options, shift = _options(call, block, keys, k_docs)
+        grads = attention_backward(dout[:, rows], None if dlse is None else dlse[:, :, rows], call.q[:, rows],
+                                   *kv[:, :, keys], out[:, rows], lse[:, :, rows] - (0 if shift is None else shift), **options)
+        dq[:, rows].add_(grads[0])
+        dkv[0][:, keys].add_(grads[1])
+        dkv[1][:, keys].add_(grads[2])
+        if block.sinks:
+            dsinks[0][:, rows].add_(grads[3])
+            dsinks[1].add_(grads[4])
+            dsinks[2].add_(grads[5])
     return dkv
-
-
-def _backward_sinks(call, dout, dlse, out, lse, kv):
-    """-> dq_sink, dk_sink, dv_sink."""
-    totals = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in call.sinks]
-    for rows, start in _sink_blocks(call.masks, call.rank):
-        options, shift = _sink_options(call, rows, start)
-        grads = _backward_block(call, dout, dlse, out, lse, rows, *kv[:, :, :0], options, shift)[3:]
-        for total, grad in zip((totals[0][:, rows], *totals[1:]), grads):
-            total += grad
-    return totals
 
 
 def _ring_bwd(dout, dlse, q, k, v, q_sink, k_sink, v_sink, out, lse, slopes, q_docs, k_docs, group, layout, scale, causal,
@@ -415,21 +427,25 @@ def _ring_bwd(dout, dlse, q, k, v, q_sink, k_sink, v_sink, out, lse, slopes, q_d
     rank, P = group.rank(), group.size()
     call = _call(q, q_sink, k_sink, v_sink, slopes, q_docs, rank, P, layout, scale, causal, window, segment, lookback, xpos)
     dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
-    hops, here = _hops(call.masks), [torch.stack([k, v]), *([] if k_docs is None else [k_docs])]
-    steps, dsinks, dkv = [b - a for a, b in zip(hops, hops[1:])], [], None
+    dsinks = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q_sink, k_sink, v_sink) if x is not None]
+    results = dout, dlse, out, lse, dq, dsinks
+    own, hops, first = torch.stack([k, v]), _hops(call.masks), _first_sent(call.masks)
+    steps, here, dkv = [b - a for a, b in zip(hops, hops[1:])], _sent(own, k_docs, first), None
     for i, hop in enumerate(hops):
         onward = [(x, steps[i]) for x in here] if i < len(steps) else []
-        arrive = _post(group, onward + ([(dkv, steps[i - 1])] if i else []))  # what this shard is due so far: one hop behind
-        dkv = _backward_hop(call, dout, dlse, out, lse, dq, here[0], here[-1], (rank - hop) % P)
-        if hop == 0 and call.sinks:
-            dsinks = _backward_sinks(call, dout, dlse, out, lse, here[0])
-        came = arrive()
-        if i:
-            dkv += came.pop()
-        here = came
+        arrive = _post(group, onward + ([(dkv, steps[i - 1])] if i > 1 else []))  # what a shard is due so far: one hop behind
+        if i == 0:
+            mine = _backward_hop(call, *results, own, k_docs, rank)
+        else:
+            dkv = _backward_hop(call, *results, here[0], here[1] if len(here) > 1 else None, (rank - hop) % P, first)
+        here = arrive()
+        del arrive
+        if i > 1:
+            dkv += here.pop()
     if len(hops) > 1:
         dkv, = _post(group, [(dkv, -hops[-1])])()
-    return [x.to(q.dtype) for x in (dq, *dkv, *dsinks)]
+        mine[:, :, first:].add_(dkv)
+    return [dq.to(q.dtype), mine[0].to(k.dtype, copy=True), mine[1].to(k.dtype, copy=True), *(x.to(q.dtype) for x in dsinks)]
 
 
 _ARGUMENTS = ("Tensor? alibi_slopes, Tensor? q_docs, Tensor? k_docs, str group, str layout, float scale, bool causal, int? "
@@ -471,7 +487,7 @@ def ring_attention(q, k, v, group, *, layout="zigzag", scale=None, causal=True, 
     q (B, c, H, D), k and v (B, c, G, D), equal shapes on all ranks -> this rank's rows of out [, lse], as if one process had
     all P c tokens; positions run from 0. All ranks must call it, in the same order. The keywords are attention's, with
     shards for q_docs and k_docs. sinks=(q_sink, k_sink, v_sink): q_sink is this rank's, k_sink and v_sink (B, S, G, D)
-    the same on all ranks (broadcast_sinks makes them so); what they get as gradient is this rank's share. A sink logit is
+    the same on all ranks (gather_tokens makes them so); what they get as gradient is this rank's share. A sink logit is
     applied to (out, lse) afterwards, once. Differentiable once; the gradient of the sum of all ranks' losses.
 
     Memory on a rank grows with c alone. ValueError for sizes that do not fit; in layout striped for xpos and lookback,

@@ -49,7 +49,7 @@ def launchers():
                 rms_norm_fwd=norm._rms_norm_fwd, rms_norm_bwd=norm._rms_norm_bwd, swiglu_fwd=swiglu._swiglu_fwd,
                 swiglu_bwd=swiglu._swiglu_bwd,
                 ring_attention_fwd=ring._ring_fwd, ring_attention_bwd=ring._ring_bwd,
-                first_tokens=ring._first_tokens)
+                gather_tokens=ring._gather_tokens)
 
 
 class StepBytes(LiveBytes):

@@ -114,17 +114,21 @@ def count_bytes(rank, world, backend, segments):
     inputs, dout = tensors(segments * N)
     inputs = [x.float().requires_grad_() for x in inputs]
 
-    def counted(name, which):
+    def counted(name, sizes):
         real = getattr(dist, name)
 
         def f(*args, **kwargs):
-            sent.append((name, args[which].nbytes))
+            sent.extend((name, n) for n in sizes(args))
             return real(*args, **kwargs)
         return mock.patch.object(dist, name, f)
 
+    def posted(args):
+        return [op.tensor.nbytes for op in args[0] if op.op is dist.isend]
+
     with contextlib.ExitStack() as stack:
-        for name, which in (("send", 0), ("isend", 0), ("all_gather", 1), ("all_reduce", 0), ("broadcast", 0)):
-            stack.enter_context(counted(name, which))
+        stack.enter_context(counted("batch_isend_irecv", posted))
+        for name, which in (("send", 0), ("all_gather", 1), ("all_reduce", 0), ("broadcast", 0)):
+            stack.enter_context(counted(name, lambda args, which=which: [args[which].nbytes]))
         outs = call(inputs, "delta", "documents", documents(segments * N, N), dist.group.WORLD)
         forward, sent = sent, []
         torch.autograd.grad(outs, inputs[:5], [torch.ones_like(x) for x in outs])
@@ -136,7 +140,7 @@ def test_bytes(backend, segments):
     """D (D + 1) floats per kv head, hop and direction, and one document id per sequence, whatever the length."""
     if backend == "triton":
         pytest.importorskip("triton")
-    z, M, ids = ("send", B * G * D * 4), ("send", B * G * D * D * 4), ("all_gather", B * 8)
+    z, M, ids = ("batch_isend_irecv", B * G * D * 4), ("batch_isend_irecv", B * G * D * D * 4), ("all_gather", B * 8)
     assert run_ranks(3, count_bytes, backend, segments) == [([ids, z, M], []), ([ids, z, M], [M, z]), ([ids], [M, z])]
 
 
