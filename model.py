@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from kernels import (apply_sink_logit, attention, decode_attention, infini_attention, linear_cross_entropy, memory_read,
@@ -1038,10 +1039,11 @@ class GPT(nn.Module):
     @property
     def by_segments(self) -> bool:
         """
-        Whether activation_checkpointing recomputes segments: where every layer is an infini layer, on one rank, for ranks
-        that share a sequence would wait for each other's; else blocks.
+        Whether activation_checkpointing recomputes segments: where every layer is an infini layer; else blocks. Ranks that
+        share a sequence would wait for each other's segments, and by FSDP each segment would gather all weights again.
         """
-        return self.activation_checkpointing and set(self.config.layer_kinds) == {"infini"} and self.ring is None
+        alone = self.ring is None and not isinstance(self, FSDPModule)
+        return self.activation_checkpointing and alone and set(self.config.layer_kinds) == {"infini"}
 
     def _loss_by_segments(self, idx, targets, positions, docs, state, reduction):
         """

@@ -2,7 +2,7 @@
 What a training run needs, before there is a GPU: memory and communication of each rank, by arithmetic.
 
     python train.py config/pg19_124m.py --plan                            an H100, and 1 to 1024 ranks per sequence
-    torchrun --nproc-per-node 8 train.py config/x.py --sp 4 --fsdp --plan --plan-gpu A100
+    WORLD_SIZE=32 python train.py config/x.py --sp 4 --fsdp --plan --plan-gpu A100      8 groups of 4 ranks
     python train.py config/x.py --block-size 131072 --batch-size 1 --plan --plan-bandwidth 12.5
 
 Memory is counted tensor by tensor: what model.py and the Triton kernels of kernels/ keep from the forward pass to the
@@ -272,7 +272,7 @@ def memory(case: Case) -> Memory:
     part, whole = 4 * sizes.all, 0
     if case.fsdp:  # beside its part a rank holds all that is outside the blocks, one block, and the next that arrives
         part, whole = part / (case.sp * case.dp), 4 * sizes.outside + 8 * sizes.block
-    if case.checkpointing and set(kinds) == {"infini"} and case.sp == 1:  # GPT.by_segments
+    if case.checkpointing and set(kinds) == {"infini"} and case.sp == 1 and not case.fsdp:  # by_segments
         segments = math.ceil(case.T / c.segment)
         once = replace(case, T=min(case.T, c.segment), checkpointing=False, accumulate=case.accumulate or segments > 1)
         memories = case.B * c.n_kv_head * c.head_dim * (c.head_dim + 1) * 4 * (segments + 4)
@@ -399,12 +399,9 @@ def bandwidth_of(gpu: Gpu, ranks: int, given: float | None) -> float | None:
 
 
 def size(n: float) -> str:
-    """Bytes: 812 K, 79.5 M, 1.2 G, 12 T"""
-    if n == 0:
-        return "-"
-    power = min(4, max(1, int(math.log2(n) // 10)))
-    return f"{n / 2 ** (10 * power):.3g} {'KMGT'[power - 1]}" if n < 999.5 * 2 ** (10 * power) else \
-        f"{n / 2 ** (10 * power + 10):.3g} {'KMGT'[min(3, power)]}"
+    """Bytes: 812 K, 79.5 M, 1.2 G, 12 T, 3.1 P"""
+    units = ((2.0 ** (10 * power), unit) for power, unit in enumerate("KMGTP", 1))
+    return next((f"{n / one:.3g} {unit}" for one, unit in units if n < 999.5 * one or unit == "P"), "") if n else "-"
 
 
 def share(part: float, whole: float) -> str:
@@ -443,12 +440,15 @@ HEADER = ["", "ranks", "tokens", "weights", "grads", "AdamW", "kept", "again", "
 def plan(config: TrainConfig) -> str:
     """The table of `train.py --plan`. ValueError, one line, for what train.py would not run either."""
     name, gpu, flops = find_gpu(config.plan_gpu)
-    if config.plan_bandwidth is not None and not config.plan_bandwidth > 0:
-        raise ValueError(f"plan_bandwidth is {config.plan_bandwidth}: it must be more than 0, in GB/s")
+    if config.plan_bandwidth is not None and not 0 < config.plan_bandwidth < math.inf:
+        raise ValueError(f"plan_bandwidth is {config.plan_bandwidth}: it must be more than 0 and finite, in GB/s")
     config, c, _, _ = choose_model(config)
     world = max(int(os.environ.get("WORLD_SIZE", 1)), config.sp)  # without torchrun, one group
     if world % config.sp:
         raise ValueError(f"sp is {config.sp}, which does not divide {world} rank(s)")
+    if config.fsdp and world == 1:
+        raise ValueError("fsdp with 1 rank: there is nobody to share the weights with; for 8, set WORLD_SIZE=8 in front of the "
+                         "command")
     dp, e = world // config.sp, 4 if config.dtype == "float32" else 2
     tokens, n_micro = resolve_batch(config, dp)
     flops = flops if e < 4 else flops / 2

@@ -35,6 +35,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from logging.handlers import MemoryHandler
@@ -355,8 +356,9 @@ def check_used(config: TrainConfig, c: GPTConfig):
                             "whole segments"),
                            (config.mask_documents, "mask_documents: each sequence is inside one document already"),
                            (passkey, "data/passkey: no task goes on from another"),
-                           (config.sp > 1 and config.activation_checkpointing, f"sp {config.sp} and activation_checkpointing: "
-                            "what ranks hand on is not computed again; leave one of the three away")):
+                           ((config.sp > 1 or config.fsdp) and config.activation_checkpointing, f"activation_checkpointing, sp "
+                            f"{config.sp} and fsdp {config.fsdp}: only whole sequences and weights recompute by segments; leave "
+                            "one of them away")):
             if wrong:
                 raise ValueError(f"carry_memory with {why}")
     if config.pose_target is not None:
@@ -564,10 +566,13 @@ def save_checkpoint(run: Path, step: int, model: GPT, state: dict[str, torch.Ten
     tmp = run / f".tmp_{folder.name}"
     for stale in run.glob(".tmp_step_*"):  # a process was killed while it wrote
         shutil.rmtree(stale)
-    model.save_pretrained(str(tmp), extra=None if tokenizer.files else {"tokenizer": tokenizer.name})
+    try:
+        model.save_pretrained(str(tmp), extra=None if tokenizer.files else {"tokenizer": tokenizer.name})
+        save_file(state, tmp / "optimizer.safetensors")
+    except SafetensorError as e:  # a full disk
+        raise OSError(f"{tmp} cannot be written: {e}") from None
     for name, content in tokenizer.files.items():
         (tmp / name).write_bytes(content)
-    save_file(state, tmp / "optimizer.safetensors")
     triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None
     versions = dict(python=platform.python_version(), torch=torch.__version__, triton=triton, numpy=np.__version__)
     (tmp / "train.json").write_text(json.dumps(dict(step=step, tokens=step * config.batch_tokens, **progress,
@@ -864,6 +869,7 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
 
     forward = model  # what a training step calls; `model` itself is evaluated and saved
     if place.world > 1 and not config.fsdp:
+        warnings.filterwarnings("ignore", message="`broadcast_buffers`")  # torch 2.13's new name is not in 2.11
         forward = DistributedDataParallel(model, device_ids=[place.device] if place.device.type == "cuda" else None,
                                           gradient_as_bucket_view=True, broadcast_buffers=False)  # these never change
     seconds = predict(forward, load(start), config, place, len(steps), new_memory(config, place, model, None))  # per step
@@ -910,8 +916,8 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
             if wandb_run is not None:
                 gates = {f"gate/{i}.{h}": g for i, layer in enumerate(record.get("gates", [])) for h, g in enumerate(layer)}
                 wandb_run.log({key: x for key, x in record.items() if key != "gates"} | gates, step=done)
-            if saving:
-                save_checkpoint(run, done, *kept, config, progress, tokenizer)
+        if saving:
+            from_rank0(place, lambda: save_checkpoint(run, done, *kept, config, progress, tokenizer))
         lap = lap and (done, time.perf_counter())
     if wrong:
         return 1, f"{wrong} at step {done}: try a smaller --lr or a longer --warmup-steps"
@@ -923,8 +929,8 @@ def train(config: TrainConfig, place: Place, run: Path, model: GPT, optimizer: t
                    f"next: python sample.py {run}")
     if done:
         kept = gather(model, optimizer, carried, place)
-    if place.rank == 0 and done and not (run / f"step_{done:07d}").exists():
-        save_checkpoint(run, done, *kept, config, progress, tokenizer)
+        from_rank0(place, lambda: (run / f"step_{done:07d}").exists() or
+                   save_checkpoint(run, done, *kept, config, progress, tokenizer))
     number = caught[0] if caught else signal.SIGTERM  # none here: another rank's
     return 128 + number, (f"stopped by {signal.Signals(number).name} after step {done}/{config.max_steps}; to go on, "
                           f"add --name={run.name} --resume=auto to the same command")
@@ -936,7 +942,8 @@ def setup(args: list[str], memory: MemoryHandler) -> tuple:
     if config.plan:
         from plan import plan  # not above: it imports this module
         if int(os.environ.get("RANK", 0)) == 0:
-            print(plan(config))
+            for line in plan(config).splitlines():
+                log.info(line)
         sys.exit()
     place = choose_place(config)
     use_triton(torch.empty(0, dtype=place.dtype, device=place.device))  # says which kernels run, or why they cannot
@@ -1014,7 +1021,9 @@ def is_lost(e: RuntimeError) -> bool:
 
 def give_up(e: RuntimeError, rank: int, run: Path | None, memory: MemoryHandler):
     """Ends this rank with one line about the other that is lost. At once: to close the process groups may take for ever."""
-    words = f"error on rank {rank}: another rank died or does not answer ({' '.join(str(e).split()).split('. ')[0][:300]})"
+    text = " ".join(str(e).split())
+    text = text[text.find("Last error:"):] if "Last error:" in text else text.split(". ")[0]  # NCCL's reason is at the end
+    words = f"error on rank {rank}: another rank died or does not answer, or communication failed ({text[:300]})"
     if run is not None:
         words += (f"; the latest checkpoint is {(checkpoints(run) or ['none yet'])[-1]}; to go on, add --name={run.name} "
                   "--resume=auto to the same command")
@@ -1049,7 +1058,7 @@ def main(args: list[str] | None = None):
     log.handlers = [Stdout(), memory] if rank == 0 else [logging.StreamHandler()]
     try:
         state = setup(sys.argv[1:] if args is None else args, memory)
-    except (ValueError, OSError) as e:  # in training either would be a bug and shows its traceback
+    except (ValueError, OSError) as e:  # in training a ValueError would be a bug and shows its traceback
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.exit(f"error{f' on rank {rank}' if rank else ''}: {e}")
@@ -1064,7 +1073,7 @@ def main(args: list[str] | None = None):
         log.info(words)
         if dist.is_initialized():
             total(state[1], 0)  # gloo's threads may abort a process that leaves while others still talk to it
-    except DataError as e:  # perhaps on this rank alone: torchrun ends the others
+    except (DataError, OSError) as e:  # a full disk; perhaps on this rank alone: torchrun ends the others
         sys.exit(f"error{f' on rank {rank}' if rank else ''}: {e}")
     except RuntimeError as e:
         if not is_lost(e):

@@ -9,7 +9,7 @@ GPT-2 small's shape on PG-19 at 131,072 tokens: 8 GPUs share every sequence by r
 
 From new weights, or, which is much cheaper, from those of config/pg19_124m.py, trained on 1,024 tokens: --init-from
 runs/pg19_124m. The base of the rotary frequencies goes up with the length, as in Code Llama. A micro-step is one
-sequence of a book's length per 8 GPUs; --batch-tokens keeps half a million tokens per step on any number of them.
+sequence of a book's length per 8 GPUs; --batch-tokens keeps half a million tokens per step on 8, 16 or 32 of them.
 This recipe has not been run by us.
 """
 

@@ -326,7 +326,7 @@ def test_longest():
 def test_command(tmp_path, capsys):
     """No data, no folder, no GPU; a table of 11 lines; mistakes in one line."""
     command = ["--plan", "--out", str(tmp_path / "runs"), "--data", str(tmp_path / "none"), "--block-size", "4096"]
-    for more in ([], ["--sp", "6", "--block-size", "4128"], ["--attention", "window", "--window", "500", "--fsdp"],
+    for more in ([], ["--sp", "6", "--block-size", "4128"], ["--attention", "window", "--window", "500", "--sp", "2", "--fsdp"],
                  ["--attention", "infini", "--activation-checkpointing"],
                  ["--attention", "window", "--sink-tokens", "2"], ["--n-kv-head", "1"],
                  ["--plan-gpu", "l4", "--dtype", "float32", "--plan-bandwidth", "12.5"]):
@@ -336,11 +336,16 @@ def test_command(tmp_path, capsys):
         lines = capsys.readouterr().out.splitlines()
         assert all(line.isascii() for line in lines)
         rows = [line.split() for line in lines if re.match(r"[* ] +\d+ x \d+ ", line)]
-        assert len(rows) == 11 + ("--sp" in more) and sum(row[0] == "*" for row in rows) == 1
+        assert len(rows) == 11 + ("6" in more) and sum(row[0] == "*" for row in rows) == 1
     assert not list(tmp_path.iterdir())
     for more, words in ((["--plan-gpu", "H1000"], "plan_gpu is 'H1000'"),
-                        (["--plan-bandwidth", "0"], "plan_bandwidth is 0.0"),
+                        (["--plan-bandwidth", "0"], "plan_bandwidth is 0.0"), (["--fsdp"], "fsdp with 1 rank"),
                         (["--sp", "3"], "4096 tokens with 3 ranks"), (["--batch-tokens", "5"], "batch_tokens 5")):
         with pytest.raises(SystemExit, match=words) as stop:
             main(command + more)
         assert "\n" not in str(stop.value.code)
+
+
+def test_sizes():
+    assert [plan.size(n * 2**10) for n in (0, 0.5, 812, 999.4, 999.6, 2**40 * 5, 2**50)] == \
+        ["-", "0.5 K", "812 K", "999 K", "0.976 M", "5 P", "1.02e+03 P"]
