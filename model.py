@@ -200,8 +200,9 @@ class GPTConfig:
             raise ValueError(f"{T} tokens with {ranks} ranks per sequence: each takes {what} of equal size, so they must be a "
                              f"multiple of {n}: use {f'{T // n * n} or ' if T >= n else ''}{(T // n + 1) * n}")
         if self.rope_type == "dynamic" and T > self.trained_length:
-            raise ValueError(f"{T} tokens with {ranks} ranks per sequence and dynamic rope_scaling: beyond {self.trained_length} it "
-                             "goes by each query's length, which a shard does not count up; take ntk, the same for one length")
+            raise ValueError(f"{T} tokens with {ranks} ranks per sequence and dynamic rope_scaling: beyond "
+                             f"{self.trained_length} it goes by each query's length, which a shard does not count up; take ntk, "
+                             "the same for one length")
 
     def frequencies(self, length: int | None = None):
         """rope_frequencies of this model, for a text of `length` tokens. ValueError for a rope_scaling that is wrong."""
@@ -807,14 +808,15 @@ class Block(nn.Module):
         return torch.cat([again(self.rest, *part) if recompute else self.rest(*part) for part in parts], 1)
 
 
-KEPT = {"aten::_scaled_dot_product_flash_attention_for_cpu", *(f"nanolong::{name}" for name in (
+KEPT = {"aten._scaled_dot_product_flash_attention_for_cpu", *(f"nanolong.{name}" for name in (
     "attention_fwd", "ring_attention_fwd", "memory_fwd", "gather_tokens", "scan_ranks", "document_before"))}
 
 
 def _keep_attention():
     """Contexts for checkpoint: what attention, the memory and messages gave is kept."""
     def policy(_, op, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if op._overloadpacket._qualified_op_name in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+        kept = str(op).removesuffix(".default") in KEPT
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
 
@@ -980,11 +982,11 @@ class GPT(nn.Module):
         if ring is not None:
             self.config.check_shards(ring.group.size() * idx.shape[1], ring.group.size())
             if state is not None and state.position:
-                raise ValueError(f"a state at position {state.position} with {ring.group.size()} ranks per sequence: they can share "
-                                 "the beginning of a text only; to go on, alone=True, or sequence_parallel(None)")
+                raise ValueError(f"a state at position {state.position} with {ring.group.size()} ranks per sequence: they can "
+                                 "share the beginning of a text only; to go on, alone=True, or sequence_parallel(None)")
             if docs is not None and positions is None and self.config.by_length:
-                raise ValueError(f"docs with {ring.group.size()} ranks per sequence and rope_scaling {self.config.rope_scaling}: a "
-                                 "shard does not know where its documents begin; pass positions too")
+                raise ValueError(f"docs with {ring.group.size()} ranks per sequence and rope_scaling "
+                                 f"{self.config.rope_scaling}: a shard does not know where its documents begin; pass positions too")
         if state is not None and (positions is not None or docs is not None):
             raise ValueError("a state keeps its own positions and holds one document: pass state, or positions and docs, "
                              "not both")

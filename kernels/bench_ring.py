@@ -9,7 +9,8 @@ On a GPU besides, overhead: one process in the place of P ranks computes all the
 against the plain kernel over the whole sequence; and overlap: the bandwidth at which a hop's exchange takes as long as
 its blocks.
 Memory: training steps of a small model (--memory-ranks processes over gloo, CPU), the tokens per rank constant, and
-one process alone with as many tokens: the peak of each process beyond what it held before its first step. Writes config/ring_memory.json and .png.
+one process alone with as many tokens: the peak of each process beyond what it held before its first step. Writes
+config/ring_memory.json and .png.
 """
 
 import contextlib
@@ -62,7 +63,7 @@ class Emulated:
         self.P, c = P, q.shape[1] // P
         self.rows = [torch.cat([x.start + x.step * torch.arange(x.n, device=q.device) for x in _pieces(rank, P, c, layout)])
                      for rank in range(P)]
-        self.calls = [_call(q[:, rows], None, None, None, None, None, rank, P, layout, q.shape[3]**-0.5, True, None, None, 0, None)
+        self.calls = [_call(q[:, rows], *5 * [None], rank, P, layout, q.shape[3]**-0.5, True, None, None, 0, None)
                       for rank, rows in enumerate(self.rows)]
         self.kv = [torch.stack([k[:, rows], v[:, rows]]) for rows in self.rows]
         self.dout = [dout[:, rows] for rows in self.rows]
@@ -130,8 +131,8 @@ def print_overhead(opt: Options) -> list[dict]:
                 ring = Emulated(q, k, v, dout, P, layout)
                 results = ring.forward()
                 ms = median_ms(ring.forward, "cuda"), median_ms(lambda: ring.backward(results), "cuda")
-            rows.append(dict(ranks=P, layout=layout, tokens=opt.tokens, forward_ms=ms[0], backward_ms=ms[1], plain_forward_ms=forward,
-                             plain_backward_ms=backward))
+            rows.append(dict(ranks=P, layout=layout, tokens=opt.tokens, forward_ms=ms[0], backward_ms=ms[1],
+                             plain_forward_ms=forward, plain_backward_ms=backward))
             print(f"{P} ranks, {layout}: forward {ms[0]:.1f} ms ({ms[0] / forward - 1:+.1%}), backward {ms[1]:.1f} ms "
                   f"({ms[1] / backward - 1:+.1%})")
     return rows
@@ -151,8 +152,10 @@ def print_overlap(opt: Options) -> list[dict]:
             forward = median_ms(lambda: _forward_hop(call, out, lse, kv, None, 0), "cuda")
             backward = median_ms(lambda: _backward_hop(call, dout, None, out, lse, dq, [], kv, None, 0), "cuda")
         need = [kv.nbytes / forward / 1e6, (kv.nbytes + 2 * k.numel() * 4) / backward / 1e6]
-        rows.append(dict(tokens_per_rank=c, forward_ms=forward, backward_ms=backward, forward_gbps=need[0], backward_gbps=need[1]))
-        print(f"{c} tokens per rank: forward {forward:.2f} ms, {need[0]:.1f} GB/s; backward {backward:.2f} ms, {need[1]:.1f} GB/s")
+        rows.append(dict(tokens_per_rank=c, forward_ms=forward, backward_ms=backward, forward_gbps=need[0],
+                         backward_gbps=need[1]))
+        print(f"{c} tokens per rank: forward {forward:.2f} ms, {need[0]:.1f} GB/s; backward {backward:.2f} ms, "
+              f"{need[1]:.1f} GB/s")
     return rows
 
 
@@ -219,8 +222,8 @@ def draw(rows: list[dict], path: Path):
     tokens = [row["tokens"] for row in rows]
     axes.plot(tokens, [row["alone_bytes"] / 2**20 for row in rows], "s--", color="grey", label="one process alone")
     axes.plot(tokens, [max(row["peak_bytes"]) / 2**20 for row in rows], "o-", label="in a ring: the rank with the most")
-    axes.set(xlabel="tokens of the sequence", ylabel="peak memory of a training step, MiB per rank", xticks=tokens, ylim=(0, None),
-             xticklabels=[f"{row['tokens']}\n{row['ranks']} rank{'s' * (row['ranks'] > 1)}" for row in rows])
+    axes.set(xlabel="tokens of the sequence", ylabel="peak memory of a training step, MiB per rank", ylim=(0, None),
+             xticks=tokens, xticklabels=[f"{row['tokens']}\n{row['ranks']} rank{'s' * (row['ranks'] > 1)}" for row in rows])
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, bbox_inches="tight")

@@ -85,8 +85,8 @@ def shard_sequence(x, group, layout="zigzag", dim=1):
     T, P = x.shape[dim], group.size()
     n = 2 * P if layout == "zigzag" else P
     if T % n:
-        raise ValueError(f"{T} tokens cannot be shared by {P} ranks in layout {layout}, which cuts them into {n} equal parts: use "
-                         f"{f'{T // n * n} or ' if T >= n else ''}{(T // n + 1) * n} tokens")
+        raise ValueError(f"{T} tokens cannot be shared by {P} ranks in layout {layout}, which cuts them into {n} equal parts: "
+                         f"use {f'{T // n * n} or ' if T >= n else ''}{(T // n + 1) * n} tokens")
     if layout == "striped":
         return x.unflatten(dim, (T // P, P)).select(dim % x.dim() + 1, group.rank())
     return torch.cat([x.narrow(dim, piece.start, piece.n) for piece in _pieces(group.rank(), P, T // P, layout)], dim)
@@ -261,8 +261,8 @@ def _striped_blocks(m, rank, source):
 
 def _reach(m: _Masks) -> float:
     """How far from a query its keys are at most, in tokens."""
-    bounds = ([] if m.window is None else [m.window - 1]) + ([] if m.segment is None else [(m.lookback + 1) * m.segment - 1])
-    return min(bounds, default=math.inf)
+    window = math.inf if m.window is None else m.window - 1
+    return window if m.segment is None else min(window, (m.lookback + 1) * m.segment - 1)
 
 
 def _pairs(m: _Masks):
@@ -271,7 +271,8 @@ def _pairs(m: _Masks):
         return ((rank, source) for rank in (range(m.P) if m.sinks >= m.c // 2 else (m.P - 1, 0)) for source in range(m.P))
     size, n = (m.c, m.P) if m.layout == "contiguous" else (m.c // 2, 2 * m.P)
     near = ((i, i - d) for d in range(1, -(-_reach(m) // size) + 1) for i in range(d, n))
-    return (tuple(min(x, 2 * m.P - 1 - x) for x in pair) for i, j in near for pair in ((i, j), *([] if m.causal else [(j, i)])))
+    both_ways = (pair for i, j in near for pair in ((i, j), (j, i))[:1 if m.causal else 2])
+    return (tuple(min(x, 2 * m.P - 1 - x) for x in pair) for pair in both_ways)
 
 
 @functools.lru_cache(256)
@@ -445,7 +446,8 @@ def _ring_bwd(dout, dlse, q, k, v, q_sink, k_sink, v_sink, out, lse, slopes, q_d
     if len(hops) > 1:
         dkv, = _post(group, [(dkv, -hops[-1])])()
         mine[:, :, first:].add_(dkv)
-    return [dq.to(q.dtype), mine[0].to(k.dtype, copy=True), mine[1].to(k.dtype, copy=True), *(x.to(q.dtype) for x in dsinks)]
+    dk, dv = (x.to(k.dtype, copy=True) for x in mine)  # not two views of one tensor
+    return [x.to(q.dtype) for x in (dq, dk, dv, *dsinks)]
 
 
 _ARGUMENTS = ("Tensor? alibi_slopes, Tensor? q_docs, Tensor? k_docs, str group, str layout, float scale, bool causal, int? "

@@ -202,9 +202,12 @@ def test_hops_are_those_at_which_some_pair_sees_one_another():
     for layout, _ in itertools.product(LAYOUTS, range(60)):
         P, c, chance = generator.randint(1, 6), 2 * generator.randint(1, 5), lambda: generator.random() < 0.5
         segment = generator.randint(1, 20) if chance() and layout != "striped" else None
-        masks = kernels.ring._Masks(P, c, layout, window := chance(), generator.randint(1, 30) if window and chance() else None, segment,
-                                    generator.randint(0, 2) if segment else 0, generator.choice([0, 1, 9]), chance())
-        there = [hop for hop in range(P) if hop == 0 or any(kernels.ring._blocks(masks, r, (r - hop) % P) for r in range(P))]
+        causal = chance()
+        window = generator.randint(1, 30) if causal and chance() else None
+        masks = kernels.ring._Masks(P, c, layout, causal, window, segment, generator.randint(0, 2) if segment else 0,
+                                    generator.choice([0, 1, 9]), chance())
+        there = [hop for hop in range(P)
+                 if hop == 0 or any(kernels.ring._blocks(masks, r, (r - hop) % P) for r in range(P))]
         assert kernels.ring._hops(masks) == there, masks
 
 
@@ -259,7 +262,8 @@ def shards(rank, world):
         problems += [] if torch.equal(shard_sequence(torch.arange(24), dist.group.WORLD, layout, 0), positions) else [layout]
     messages = []
     shard = torch.zeros(1, 5, 1, 8)
-    for function, args in ((shard_sequence, (x[:, :20], dist.group.WORLD, "zigzag")), (shard_sequence, (x, dist.group.WORLD, "ring")),
+    for function, args in ((shard_sequence, (x[:, :20], dist.group.WORLD, "zigzag")),
+                           (shard_sequence, (x, dist.group.WORLD, "ring")),
                            (lambda **o: ring_attention(shard, shard, shard, dist.group.WORLD, **o), ()),
                            (lambda **o: ring_attention(shard, shard, shard, dist.group.WORLD, layout="striped", xpos=8), ()),
                            (lambda **o: ring_attention(shard, shard[:, :4], shard[:, :4], dist.group.WORLD), ()),
@@ -273,10 +277,10 @@ def shards(rank, world):
 def test_shards_and_bad_input():
     for problems, messages in run_ranks(4, shards):
         assert not problems
-        for message, part in zip(messages, ("20 tokens cannot be shared by 4 ranks in layout zigzag, which cuts them into 8 equal "
-                                            "parts: use 16 or 24 tokens", "'ring' is unknown", "zigzag with 5 tokens",
-                                            "layout striped with xpos 8", "5 queries and 4 keys", "tokens 0 to 100 of 4 shards of 5"),
-                                 strict=True):
+        parts = ("20 tokens cannot be shared by 4 ranks in layout zigzag, which cuts them into 8 equal parts: use 16 or 24 "
+                 "tokens", "'ring' is unknown", "zigzag with 5 tokens", "layout striped with xpos 8", "5 queries and 4 keys",
+                 "tokens 0 to 100 of 4 shards of 5")
+        for message, part in zip(messages, parts, strict=True):
             assert part in message
 
 
@@ -285,14 +289,17 @@ def test_shards_and_bad_input():
 
 LONGROPE = dict(rope_type="longrope", factor=4.0, original_max_position_embeddings=32, short_factor=[1.0] * 4,
                 long_factor=[2.0] * 4)
-MODELS = [dict(), dict(attention="window", window=10, sinks=3), dict(attention="window,full", window=10, sinks=3, recompute=True),
+MODELS = [dict(), dict(attention="window", window=10, sinks=3),
+          dict(attention="window,full", window=10, sinks=3, recompute=True),
           dict(attention="window", window=60, sinks=4), dict(attention="blockwise", block_size=24),
           dict(position="alibi", attention="window,full", window=9, sinks=2), dict(position="xpos"),
-          dict(sink_logit=True, recompute=True), dict(docs=True), dict(rope_scaling=LONGROPE), dict(rope_scaling=LONGROPE, docs=True),
+          dict(sink_logit=True, recompute=True), dict(docs=True), dict(rope_scaling=LONGROPE),
+          dict(rope_scaling=LONGROPE, docs=True),
           dict(rope_scaling=LONGROPE | dict(original_max_position_embeddings=64)),
           dict(rope_scaling=LONGROPE | dict(original_max_position_embeddings=70), skip=True),
           dict(parallel_residual=True, shared_norm=True, norm="layernorm", bias=True, recompute=True),
-          dict(attention="infini", segment=8), dict(attention="infini", segment=1), dict(attention="infini,full", segment=4, recompute=True),
+          dict(attention="infini", segment=8), dict(attention="infini", segment=1),
+          dict(attention="infini,full", segment=4, recompute=True),
           dict(attention="infini,window", segment=8, memory_rule="linear", window=12, sinks=2),
           dict(attention="infini", segment=8, docs=True, memory_norm=2.0, recompute=True)]
 
@@ -357,7 +364,8 @@ def compiled(rank, world):
     results = []
     for on in (False, True):
         torch.manual_seed(0)
-        model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=50, block_size=64, attention="window,full", window=9, sinks=3))
+        model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=50, block_size=64, attention="window,full", window=9,
+                              sinks=3))
         model.sequence_parallel(dist.group.WORLD)
         model.activation_checkpointing = True
         idx = shard_sequence(torch.randint(50, (1, 64)), *model.ring)
@@ -411,7 +419,7 @@ def model_errors(rank, world):
 
 def test_a_model_says_what_its_ranks_cannot_share():
     for messages in run_ranks(2, model_errors):
-        for message, part in zip(messages, ("14 tokens with 2 ranks per sequence: each takes two chunks", "12 tokens with 2 ranks per "
-                                            "sequence: each takes whole segments", "sink_tokens 2 with 2 ranks", "dynamic",
-                                            "a state at position 3"), strict=True):
+        parts = ("14 tokens with 2 ranks per sequence: each takes two chunks", "12 tokens with 2 ranks per sequence: each takes "
+                 "whole segments", "sink_tokens 2 with 2 ranks", "dynamic", "a state at position 3")
+        for message, part in zip(messages, parts, strict=True):
             assert part in message

@@ -203,7 +203,8 @@ def test_shards_keep_targets_documents_and_places(out):
     (4, ["--sp=4", "--block-size=48", "--attention=infini", "--segment=8"], "48 tokens with 4 ranks per sequence"),
     (4, ["--sp=2", "--batch-size=3"], "batch_size x block_size x groups of 2 ranks = 3 x 64 x 2 = 384: the nearest is "
                                       "--batch-tokens 384"),
-    (2, ["--sp=2", "--attention=infini", "--segment=8", "--carry-memory", "--activation-checkpointing"], "carry_memory with activation_checkpointing, sp 2"),
+    (2, ["--sp=2", "--attention=infini", "--segment=8", "--carry-memory", "--activation-checkpointing"],
+     "carry_memory with activation_checkpointing, sp 2"),
     (1, ["--fsdp"], "fsdp with 1 rank"), (1, ["--sp=0"], "sp is 0"), (1, ["--timeout=0"], "timeout is 0")])
 def test_mistakes(world, options, words, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(world))
