@@ -986,7 +986,8 @@ class GPT(nn.Module):
                                  "share the beginning of a text only; to go on, alone=True, or sequence_parallel(None)")
             if docs is not None and positions is None and self.config.by_length:
                 raise ValueError(f"docs with {ring.group.size()} ranks per sequence and rope_scaling "
-                                 f"{self.config.rope_scaling}: a shard does not know where its documents begin; pass positions too")
+                                 f"{self.config.rope_scaling}: a shard does not know where its documents begin; pass "
+                                 "positions too")
         if state is not None and (positions is not None or docs is not None):
             raise ValueError("a state keeps its own positions and holds one document: pass state, or positions and docs, "
                              "not both")

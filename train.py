@@ -174,6 +174,9 @@ def parse(args: list[str]) -> tuple[TrainConfig, str]:
         value = getattr(config, name)
         if value is not None and not value >= least:
             raise ValueError(f"{name} is {value}: it must be at least {least}")
+    for name, default in (("plan_gpu", TrainConfig.plan_gpu), ("plan_bandwidth", None)):
+        if not config.plan and getattr(config, name) != default:
+            raise ValueError(f"{name} is {getattr(config, name)}, which training has no use for: add --plan, or leave it away")
     if not 0 <= config.seed < 2**63:
         raise ValueError(f"seed is {config.seed}: it must be in [0, 2^63)")
     return config, stem

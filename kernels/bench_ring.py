@@ -105,6 +105,7 @@ def emulated_ring(q, k, v, P, layout, dout):
 
 
 def print_load(ranks: tuple[int, ...]):
+    """Each layout's efficiency, and for 4 ranks what each of them computes at each hop."""
     print("causal load: scores per rank and hop, in units of a shard's square; efficiency = mean over ranks / sum of slowest")
     for P in ranks:
         for layout in LAYOUTS:
@@ -117,6 +118,7 @@ def print_load(ranks: tuple[int, ...]):
 
 
 def print_overhead(opt: Options) -> list[dict]:
+    """All ranks' blocks and merges in one process, in ms, beside the plain kernel's: a row for each number and layout."""
     q, k, v, dout = (torch.randn(1, opt.tokens, 8, opt.head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     leaves, rows = [x.clone().requires_grad_() for x in (q, k, v)], []
     out = attention(*leaves)
@@ -205,6 +207,7 @@ def peaks_of(P: int, T: int) -> list[int]:
 
 
 def measure_memory(opt: Options) -> list[dict]:
+    """The peak of each rank of a ring, and of one process alone, in bytes, by the number of ranks."""
     print(f"\nmemory: 4 layers of 256, {opt.memory_tokens} tokens per rank, recomputation, float32, gloo: beyond the weights")
     rows = []
     for P in opt.memory_ranks:
@@ -217,6 +220,7 @@ def measure_memory(opt: Options) -> list[dict]:
 
 
 def draw(rows: list[dict], path: Path):
+    """measure_memory's rows as a picture."""
     from matplotlib.figure import Figure
     axes = (figure := Figure(figsize=(7, 4), dpi=120)).subplots()
     tokens = [row["tokens"] for row in rows]

@@ -103,8 +103,8 @@ class TestEveryKernel:
             assert names[f"B1 N512 H8 G2 {tile}"] >= {"_decode_kernel"}, tile
             assert names[f"B1 T256 H2 G1 {head_dim} bfloat16 ring"] == parts | {"_merge_into_kernel"}
         assert {row["kernel"] for row in rows} == {
-            "ring", "attention", "infini_attention", "decode_attention", "merge_attention", "apply_sink_logit", "rope", "rms_norm",
-            "swiglu", "linear_cross_entropy"}
+            "ring", "attention", "infini_attention", "decode_attention", "merge_attention", "apply_sink_logit", "rope",
+            "rms_norm", "swiglu", "linear_cross_entropy"}
 
     def test_nothing_spills(self, rows):
         """Scalar float32 products: ptxas trades a few bytes for occupancy; with xPos the smallest tile of D 256 is too large."""

@@ -338,6 +338,8 @@ def test_command(tmp_path, capsys):
         rows = [line.split() for line in lines if re.match(r"[* ] +\d+ x \d+ ", line)]
         assert len(rows) == 11 + ("6" in more) and sum(row[0] == "*" for row in rows) == 1
     assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="plan_bandwidth is 5.0, which training has no use for: add --plan"):
+        main(["--plan-bandwidth", "5"])
     for more, words in ((["--plan-gpu", "H1000"], "plan_gpu is 'H1000'"),
                         (["--plan-bandwidth", "0"], "plan_bandwidth is 0.0"), (["--fsdp"], "fsdp with 1 rank"),
                         (["--sp", "3"], "4096 tokens with 3 ranks"), (["--batch-tokens", "5"], "batch_tokens 5")):
